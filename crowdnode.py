@@ -1,0 +1,4335 @@
+#!/usr/bin/env python3
+"""crowdnode: the Node of CloudCrowd, in one file, with the standard library alone.
+
+CloudCrowd is a map-reduce system for expensive document work.  A central server
+keeps jobs and cuts them into work units; nodes do the units.  A node checks in with
+central, is handed units over HTTP, forks a worker for each, and reports each outcome.
+
+    crowdnode.py                          a node in the foreground, log on stderr
+    crowdnode.py --daemon                 in the background; from cron, once a minute
+    crowdnode.py --run ACTION INPUT...    one job on this machine, nothing else needed
+    crowdnode.py --check                  is all in order?
+    crowdnode.py --status | --stop | --reload
+
+Processes:
+
+    node             threads: routes, Timer loops, reporters    never forks
+     - fork server   one thread, no network: forks, reaps, keeps time
+        - worker     one per unit, leader of its own session: runs the action,
+                     leaves its outcome on disk, exits
+
+A fork of a threaded process can copy a lock that somebody holds, so only the fork
+server forks, which never has a second thread.  It imports little, because a fork
+costs what its parent's memory costs.  An outcome is on disk before it is on the wire,
+and only the node is on the wire, so each of the three may be killed at any moment.
+
+Routes:   GET /heartbeat  "buh-bump"
+          POST /work      {"pid": 4711}: the unit is accepted, and will be answered for
+          GET /status     what the node is doing, as JSON
+
+Signals:  TERM, INT, QUIT   refuse work, wait drain_time seconds, check out, exit;
+                            a second one skips the waiting
+          HUP               read the configuration and the actions again, reopen the log
+
+Files, in state_path:
+          crowdnode.pyc         this program compiled, for the fork server
+          node.pid, node.port   who runs and where; node.pid is the lock
+          node.log, node.log.N  the log of --daemon, rotated
+          fork_server.out       what the actions' modules print when they load
+          units/ID              a unit's record; locked as long as its worker lives
+          units/ID.out          what the unit's action prints
+          work/ACTION/unit_ID   its work directory
+
+Exit status: 0 done; 1 could not start, or the job failed; 2 usage or configuration;
+          3 no node runs here; 4 it runs and does not answer; 130 Ctrl-C during --run
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if os.name != "posix":
+    print("crowdnode needs Linux or macOS: it forks its workers.", file=sys.stderr)
+    raise SystemExit(2)
+
+import errno
+import fcntl
+import heapq
+import io
+import json
+import re
+import select
+import signal
+import time
+from collections import deque
+
+# The fork server and every worker forked from it pay for each module that stands
+# above: a fork costs what its parent has in memory.  So what the command line and the
+# node need besides is imported by the two functions below, into the same names.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    import base64
+    import configparser
+    import contextlib
+    import hashlib
+    import hmac
+    import ipaddress
+    import logging
+    import logging.handlers
+    import queue
+    import random
+    import shutil
+    import socket
+    import subprocess
+    import tempfile
+    import threading
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+    from http.server import BaseHTTPRequestHandler as HandlerBase
+    from http.server import ThreadingHTTPServer as ServerBase
+    from typing import Any, Callable, Dict, List, NoReturn, Tuple
+
+    Fields = List[Tuple[str, str]]
+    Json = Dict[str, Any]
+else:
+    # listen() puts the real bases below the two classes that stand on these.
+    HandlerBase = ServerBase = object
+
+__version__ = "1.0.0"
+
+# ---------------------------------------------------------------------------
+# Constants and errors: the wire's words, the intervals, the exit statuses.
+# ---------------------------------------------------------------------------
+
+DEFAULT_PORT = 9063
+OVERLOADED_MESSAGE = "Node Overloaded"  # the body central knows a refusal by
+REALM = "CloudCrowd"
+
+SCRAPE_UPTIME = re.compile(r"\d+\.\d+")
+SCRAPE_LINUX_MEMORY = re.compile(r"MemFree:\s+(\d+) kB")
+SCRAPE_LINUX_AVAILABLE = re.compile(r"MemAvailable:\s+(\d+) kB")
+SCRAPE_MAC_MEMORY = re.compile(r"Pages free:\s+(\d+).")
+SCRAPE_MAC_PAGE = re.compile(r"page size of (\d+) bytes")
+
+MONITOR_INTERVAL = 3  # seconds
+CHECK_IN_INTERVAL = 300  # seconds
+RETRY_WAIT = 5  # seconds, doubled at each failure up to
+RETRY_WAIT_LIMIT = 60  # seconds
+REMINDER_INTERVAL = 60  # seconds between two log lines about the same overload
+SCRAPE_DEADLINE = 5  # seconds for uptime and vm_stat
+REQUEST_DEADLINE = 20  # seconds for a whole request, however it drips
+LINGER = 2  # seconds for a refused sender to notice
+START_DEADLINE = 5  # seconds for the fork server to answer for a unit
+CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
+LOAD_DEADLINE = 60  # seconds for the fork server to load the actions
+PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
+RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
+WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
+TERM_GRACE = 10  # seconds from TERM to KILL of a node
+KILL_GRACE = 1  # seconds from TERM to KILL of a unit
+HEARTBEAT_DEADLINE = 2  # seconds
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+
+READ_SIZE = 64 * 1024  # bytes
+MAX_CONNECTIONS = 512
+REPORTERS = 4  # threads: central gets this many reports at once, at most
+MEGABYTE = 1024 * 1024  # bytes
+OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
+OUTPUT_LIMIT = 16 * OUTPUT_TAIL  # bytes at which the file of it is cut back
+MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
+LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_SILENT = range(5)
+EXIT_INTERRUPTED = 130
+
+PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
+STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
+
+UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+FORK_SERVER_FLAG = "--fork-server"  # internal: this process is a fork server
+ATTENDED_FLAG = "--attended"  # internal: stop when standard input ends
+
+
+class CrowdError(Exception):
+    """What a person is told in one sentence, and the exit status that goes with it."""
+
+    status = EXIT_FAILED
+
+
+class UsageError(CrowdError):
+    """The command line or the configuration is wrong."""
+
+    status = EXIT_USAGE
+
+
+class BadRequest(Exception):
+    """A request that is at fault itself: *status* and a sentence for its sender."""
+
+    def __init__(self, sentence: str, status: int = 400) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class NodeOverloaded(Exception):
+    """This node can't take the unit now; another may, or this one later."""
+
+
+class ActionFailed(Exception):
+    """The unit failed for the reason given, which needs no traceback."""
+
+
+def import_command_modules() -> None:
+    """Import what the command line needs and a fork server does without."""
+    global argparse, base64, configparser, contextlib, ipaddress, socket, urllib
+    import argparse
+    import base64
+    import configparser
+    import contextlib
+    import ipaddress
+    import socket
+    import urllib.parse
+
+
+def import_node_modules() -> None:
+    """Import what only a node needs: --daemon, run each minute, does without."""
+    global hashlib, hmac, logging, queue, random, shutil, subprocess, tempfile
+    global threading, urllib
+    import hashlib
+    import hmac
+    import logging
+    import logging.handlers
+    import queue
+    import random
+    import shutil
+    import subprocess
+    import tempfile
+    import threading
+    import urllib.error
+    import urllib.request
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def strict_json(text: str) -> Any:
+    """Parse *text* as JSON proper: NaN and Infinity are none.
+
+    Raises ValueError; a document nested too deeply for this Python is one too."""
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def to_json(value: Any) -> str:
+    """*value* as compact JSON text, as CloudCrowd writes it: UTF-8, not escapes."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def read_file(path: str, tail: int = -1) -> bytes:
+    """The bytes of the file at *path*, or its last *tail* ones."""
+    with open(path, "rb", buffering=0) as file:
+        if tail >= 0:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+        return file.read() or b""
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Put *data* into a file at *path*; who reads it finds all or nothing."""
+    with open(f"{path}.part", "wb") as file:
+        file.write(data)
+    os.replace(f"{path}.part", path)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of *data*; os.write may stop early on a disk that fills up."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def remove_file(path: str) -> None:
+    """Remove the file at *path*, if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove_tree(path: str) -> None:
+    """Remove *path* and what is below it, following no link.
+
+    Not shutil.rmtree: importing shutil costs a worker more than all else it does."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        os.unlink(path)
+    except OSError:
+        os.chmod(path, 0o700)
+        with os.scandir(path) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    remove_tree(entry.path)
+                else:
+                    os.unlink(entry.path)
+        os.rmdir(path)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy the content of *source*; see remove_tree for why not with shutil."""
+    with open(source, "rb", 0) as reader, open(target, "wb", 0) as writer:
+        for piece in iter(lambda: reader.read(MEGABYTE), b""):
+            write_all(writer.fileno(), piece)
+
+
+def make_private_directory(path: str) -> str:
+    """Make *path* (and what is above it) if need be; only this user may look in.
+
+    Raises OSError."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    return path
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; some numbers have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def kill_group(pid: int, number: int) -> bool:
+    """Signal the process group that *pid* leads; False where there is none."""
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):  # EPERM: macOS, of zombies alone
+        return False
+    return True
+
+
+def kill_worker(pid: int, number: int) -> None:
+    """Signal the worker *pid*, which lives, and its group.
+
+    It leads none in its very first moment."""
+    if not kill_group(pid, number):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+# ---------------------------------------------------------------------------
+# Configuration: knows the keys, their defaults and what they may say; knows
+# nothing of what is done with them.
+# ---------------------------------------------------------------------------
+
+
+def text(value: str) -> str:
+    """A parser of a value: any text."""
+    return value
+
+
+def words(value: str) -> list[str]:
+    """A parser of a value: names apart by commas or blanks."""
+    return value.replace(",", " ").split()
+
+
+def boolean(value: str) -> bool:
+    """A parser of a value: yes or no, in the words of configparser."""
+    states = configparser.ConfigParser.BOOLEAN_STATES
+    if value.lower() not in states:
+        raise ValueError("must be yes or no")
+    return bool(states[value.lower()])
+
+
+def whole(low: int, high: int, unit: str = "") -> Callable[[str], int]:
+    """A parser of a whole number from *low* to *high*."""
+
+    def parse(value: str) -> int:
+        if re.fullmatch(r"-?\d{1,12}", value) and low <= int(value) <= high:
+            return int(value)
+        raise ValueError(f"must be a whole number from {low} to {high}{unit}")
+
+    return parse
+
+
+def decimal(low: float, high: float, unit: str = "") -> Callable[[str], float]:
+    """A parser of a number from *low* to *high*."""
+
+    def parse(value: str) -> float:
+        if (
+            re.fullmatch(r"\d{1,12}(\.\d{1,12})?", value)
+            and low <= float(value) <= high
+        ):
+            return float(value)
+        raise ValueError(f"must be a number from {low:g} to {high:g}{unit}")
+
+    return parse
+
+
+def choice(*names: str) -> Callable[[str], str]:
+    """A parser that takes one of *names*."""
+
+    def parse(value: str) -> str:
+        if value in names:
+            return value
+        raise ValueError(f"must be {' or '.join(names)}")
+
+    return parse
+
+
+def host_name(value: str) -> str:
+    """A parser of what central can put between ``http://`` and ``:PORT``."""
+    if re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})|\[[0-9A-Fa-f:.]+\]", value):
+        return value
+    raise ValueError("must be a host name or an address, without port or path")
+
+
+def address(value: str) -> str:
+    """A parser of an IP address to listen on."""
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("must be an IP address, 0.0.0.0 for all") from None
+
+
+def networks(value: str) -> list[str]:
+    """A parser of addresses and networks; gives them in their canonical form."""
+    try:
+        return [str(ipaddress.ip_network(word)) for word in words(value)]
+    except ValueError as error:
+        raise ValueError(
+            f"must be addresses or networks such as 10.1.0.0/16: {error}"
+        ) from None
+
+
+def web_address(value: str) -> str:
+    """A parser of central's URL."""
+    try:
+        parts = urllib.parse.urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        usable = usable and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable or not re.fullmatch(r"[!-~]+", value) or parts.query:
+        raise ValueError("must be a URL such as http://central.example:9173")
+    if parts.username is not None:
+        raise ValueError(
+            "must not hold a password; use http_authentication, login and password"
+        )
+    return value.rstrip("/")
+
+
+def stage_names(value: str) -> list[str]:
+    """A parser of an executable's stages."""
+    stages = words(value)
+    if "process" not in stages or set(stages) - set(STAGES.values()):
+        raise ValueError("must be process, and may add split and merge")
+    return stages
+
+
+SIZE = decimal(1, 1_000_000, " (MB)")
+SECONDS = decimal(0.1, 10_000_000, " (seconds)")
+NICENESS = whole(0, 19)
+
+# What stands in a section [action NAME].
+ACTION_KEYS: dict[str, Callable[[str], Any]] = {
+    "stages": stage_names,
+    "time_limit": SECONDS,
+    "memory_limit": SIZE,
+    "file_limit": SIZE,
+    "nice": NICENESS,
+}
+
+# What stands in the section [node]: the default as it would be written there ("" for
+# none, which is None to the program), and the parser.
+NODE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "central_server": ("http://localhost:9173", web_address),
+    "dialect": ("auto", choice("auto", "seed", "0.5")),
+    "host": ("", host_name),
+    "port": (str(DEFAULT_PORT), whole(0, 65535)),
+    "bind": ("0.0.0.0", address),
+    "tag": ("", text),
+    "max_workers": ("", whole(0, 100_000)),
+    "max_load": ("", decimal(0.01, 100_000)),
+    "min_free_memory": ("", SIZE),
+    "min_available_memory": ("", SIZE),
+    "http_authentication": ("no", boolean),
+    "login": ("", text),
+    "password": ("", text),
+    "allow": ("", networks),
+    "actions_path": ("actions", text),
+    "disable_default_actions": ("no", boolean),
+    "disabled_actions": ("", words),
+    "time_limit": ("", SECONDS),
+    "memory_limit": ("", SIZE),
+    "file_limit": ("", SIZE),
+    "nice": ("5", NICENESS),
+    "work_unit_retries": ("3", whole(1, 1000)),
+    "drain_time": ("5", decimal(0, 1_000_000, " (seconds)")),
+    "state_path": ("~/.crowdnode", text),
+    "temp_storage_path": ("", text),
+    "storage": ("filesystem", choice("filesystem")),
+    "local_storage_path": ("", text),
+    "central_timeout": ("30", SECONDS),
+    "report_timeout": ("300", SECONDS),
+    "max_request_size": ("64", SIZE),
+    "log_level": ("info", choice("debug", "info", "warning", "error")),
+}
+
+
+class Config:
+    """The configuration, read and checked; one attribute for each key of [node]."""
+
+    central_server: str
+    dialect: str
+    host: str
+    port: int
+    bind: str
+    tag: str | None
+    max_workers: int
+    max_load: float | None
+    min_free_memory: float | None
+    min_available_memory: float | None
+    http_authentication: bool
+    login: str | None
+    password: str | None
+    allow: list[str]
+    actions_path: str
+    disable_default_actions: bool
+    disabled_actions: list[str]
+    nice: int
+    work_unit_retries: int
+    drain_time: float
+    state_path: str
+    temp_storage_path: str
+    storage: str
+    local_storage_path: str
+    central_timeout: float
+    report_timeout: float
+    max_request_size: float
+    log_level: str
+    file: str | None  # where it was read, if anywhere
+    actions: dict[str, Json]  # the sections [action NAME]
+    warnings: list[str]
+
+    def __init__(self, values: Json) -> None:
+        self.__dict__.update(values)
+
+    def limit(self, action: str, key: str) -> Any:
+        """time_limit, memory_limit, file_limit, nice or stages, for *action*."""
+        value = self.actions.get(action, {}).get(key)
+        return getattr(self, key, None) if value is None else value
+
+    @property
+    def units_path(self) -> str:
+        """The directory of records."""
+        return os.path.join(self.state_path, "units")
+
+    def state_file(self, name: str) -> str:
+        """The path of *name* in state_path."""
+        return os.path.join(self.state_path, name)
+
+    def work_directory(self, action: str, unit_id: object) -> str:
+        """Where the unit does its work; *action* has been found to be a plain name."""
+        return os.path.join(self.temp_storage_path, action, f"unit_{unit_id}")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A remedy for the unknown *word*."""
+    import difflib  # for this one sentence
+
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+def parse_value(where: str, parse: Callable[[str], Any], value: str) -> Any:
+    """Apply *parse*; a value that does not do is a UsageError that says *where*."""
+    if "\0" in value or "\n" in value:
+        raise UsageError(f"{where}: must be a single line of text")
+    try:
+        return parse(value) if value else None
+    except ValueError as error:
+        raise UsageError(f"{where} = {value}: {error}") from None
+
+
+def read_sections(path: str) -> configparser.RawConfigParser:
+    """Read the INI file at *path*.  Raises UsageError."""
+    parser = configparser.RawConfigParser(default_section="\0")
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: can't be read: {error}") from None
+    except configparser.Error as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: is no INI file (KEY = VALUE): {reason}") from None
+    return parser
+
+
+def find_config() -> str | None:
+    """The configuration file that holds where none is named."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    for directory in (os.getcwd(), here):
+        path = os.path.join(directory, "crowdnode.conf")
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
+    """Read the file at *path* (None: the usual places); *settings* win over it.
+
+    Raises UsageError, naming file, section, key, value and what would do."""
+    path = os.path.abspath(path) if path else find_config()
+    given: dict[str, tuple[str, str]] = {}  # key: (where it stands, value)
+    actions: dict[str, Json] = {}
+    if path:
+        parser = read_sections(path)
+        for section in parser.sections():
+            where = f"{path}: [{section}]"
+            if section == "node":
+                for key, value in parser.items(section):
+                    given[key] = (f"{where} {key}", value)
+            elif section.startswith("action ") and ACTION_NAME.fullmatch(section[7:]):
+                items = parser.items(section)
+                actions[section[7:]] = parse_action_section(where, items)
+            else:
+                known = ["node", "action NAME"]
+                raise UsageError(f"{where}: unknown section: {nearest(section, known)}")
+    for key, value in settings:
+        given[key] = (f"command line: {key}", value.strip())
+    values: Json = {"file": path, "actions": actions, "warnings": []}
+    for key, (where, _) in given.items():
+        if key not in NODE_KEYS:
+            raise UsageError(f"{where}: unknown key: {nearest(key, list(NODE_KEYS))}")
+    for key, (default, parse) in NODE_KEYS.items():
+        where, value = given.get(key, ("", ""))
+        values[key] = parse_value(where, parse, value)
+        if values[key] is None and default:
+            values[key] = parse(default)
+    return complete_config(Config(values))
+
+
+def parse_action_section(where: str, items: list[tuple[str, str]]) -> Json:
+    """The values of one section [action NAME]."""
+    values: Json = {}
+    for key, value in items:
+        if key not in ACTION_KEYS:
+            known = nearest(key, list(ACTION_KEYS))
+            raise UsageError(f"{where} {key}: unknown key: {known}")
+        values[key] = parse_value(f"{where} {key}", ACTION_KEYS[key], value)
+    return values
+
+
+def complete_config(config: Config) -> Config:
+    """Fill in what follows from the machine and from other keys; check across keys."""
+    base = os.path.dirname(config.file or os.path.abspath(__file__))
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def absolute(path: str) -> str:
+        return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+    config.state_path = absolute(config.state_path)
+    config.temp_storage_path = absolute(
+        config.temp_storage_path or config.state_file("work")
+    )
+    config.local_storage_path = absolute(
+        config.local_storage_path or config.state_file("storage")
+    )
+    config.actions_path = absolute(config.actions_path)
+    if not config.file:
+        config.actions_path = os.path.join(here, config.actions_path)
+    config.host = config.host or socket.gethostname()
+    config.allow = config.allow or []
+    config.disabled_actions = config.disabled_actions or []
+    if config.max_workers is None:
+        config.max_workers = processors()
+    if config.http_authentication and not (config.login and config.password):
+        raise UsageError(
+            f"{config.file or 'command line'}: [node] http_authentication = yes: "
+            "needs login and password too"
+        )
+    if config.login and ":" in config.login:
+        raise UsageError(
+            f"{config.file or 'command line'}: [node] login = {config.login}: "
+            "must not hold a colon, which ends the login in HTTP Basic"
+        )
+    if config.password and config.file and os.stat(config.file).st_mode & 0o044:
+        config.warnings.append(
+            f"{config.file} holds a password and others can read it: "
+            f"chmod 600 {config.file}"
+        )
+    return config
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------
+# Vitals: the machine's load and memory.  Reading is apart from parsing, so that
+# the text of another machine can be parsed here.  None: unknown.
+# ---------------------------------------------------------------------------
+
+
+def parse_load(uptime: str) -> float | None:
+    """The one-minute load average in what ``uptime`` printed."""
+    match = SCRAPE_UPTIME.search(uptime)
+    return float(match.group()) if match else None
+
+
+def parse_meminfo(meminfo: str, pattern: re.Pattern[str]) -> float | None:
+    """Megabytes that *pattern* finds in /proc/meminfo's text."""
+    match = pattern.search(meminfo)
+    return int(match.group(1)) / 1024 if match else None
+
+
+def parse_vm_stat(vm_stat: str) -> float | None:
+    """Megabytes free in what macOS's ``vm_stat`` printed; pages are 4 or 16 KB."""
+    page, free = SCRAPE_MAC_PAGE.search(vm_stat), SCRAPE_MAC_MEMORY.search(vm_stat)
+    if not page or not free:
+        return None
+    return int(free.group(1)) * int(page.group(1)) / MEGABYTE
+
+
+def command_output(name: str) -> str:
+    """What the command prints; empty where it is missing or hangs.
+
+    LC_ALL=C: elsewhere the first number with a point may be the clock."""
+    try:
+        process = subprocess.Popen(
+            [name],
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        return ""
+    with process:
+        try:
+            output = process.communicate(timeout=SCRAPE_DEADLINE)[0]
+        except subprocess.TimeoutExpired:
+            kill_group(process.pid, signal.SIGKILL)
+            return ""
+    return output.decode("utf-8", "replace")
+
+
+def linux_memory(pattern: re.Pattern[str]) -> float | None:
+    """Megabytes that *pattern* finds in this machine's /proc/meminfo."""
+    try:
+        return parse_meminfo(read_file("/proc/meminfo").decode(), pattern)
+    except OSError:
+        return None
+
+
+# ---------------------------------------------------------------------------
+# Unit records: the file that says a unit was accepted, by whom it is done, and what
+# came of it.  Knows the file's form, and nothing of who reads it.
+#
+#     crowdnode-unit 1 {"id":7,...}      the fork server, before the fork
+#     pid 4711                           the fork server, after it
+#     succeeded 0.0018 {"output":42}     the worker, at its end; or "failed"
+#     withdrawn                          the node: never to be reported
+#
+# A line counts when its newline is there.  The file is locked (flock) as long as the
+# worker lives: the kernel drops the lock, whatever ends it.
+# ---------------------------------------------------------------------------
+
+RECORD_VERSION = b"1"
+WITHDRAWN = b"withdrawn\n"
+
+
+class OddRecord(Exception):
+    """A whole record that this program does not understand."""
+
+
+class Record:
+    """What a record says.
+
+    unit: id, job_id, action, stage, attempts, digest and started (seconds since 1970),
+    or None where the fork server died before it had written them.  outcome: status,
+    seconds and JSON text as central is told them."""
+
+    def __init__(self) -> None:
+        self.unit: Json | None = None
+        self.pid: int | None = None
+        self.outcome: tuple[str, str, str] | None = None
+        self.withdrawn = False
+
+
+def first_line(unit: Json, digest: str) -> bytes:
+    """The line that a record begins with."""
+    head = {key: unit[key] for key in ("id", "job_id", "action", "attempts")}
+    head.update(stage=STAGES[unit["status"]], digest=digest, started=time.time())
+    return b"crowdnode-unit %s %s\n" % (RECORD_VERSION, json.dumps(head).encode())
+
+
+def parse_record(data: bytes) -> Record:
+    """Understand a record's bytes.  Raises OddRecord."""
+    record = Record()
+    lines = data.split(b"\n")[:-1]  # what follows the last newline does not count
+    try:
+        for number, line in enumerate(lines):
+            word, _, rest = line.partition(b" ")
+            if number == 0:
+                version, _, head = rest.partition(b" ")
+                if word != b"crowdnode-unit" or version != RECORD_VERSION:
+                    raise OddRecord("it is of an unknown version")
+                record.unit = json.loads(head)
+                if record.unit["stage"] not in STAGES.values():  # type: ignore[index]
+                    raise OddRecord("its stage is unknown")
+            elif word == b"pid":
+                record.pid = int(rest)
+            elif word in (b"succeeded", b"failed"):
+                seconds, _, output = rest.decode().partition(" ")
+                record.outcome = (word.decode(), seconds, output)
+            elif line + b"\n" == WITHDRAWN:
+                record.withdrawn = True
+            else:
+                raise OddRecord(f"line {number + 1} can't be understood")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OddRecord(f"it can't be understood: {error}") from None
+    return record
+
+
+def is_locked(path: str) -> bool:
+    """Does the worker of the record at *path* live?  Raises FileNotFoundError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def append_to_record(path: str, line: bytes) -> None:
+    """Add *line* to the record at *path*, if it is there.  Raises OSError."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:
+        return
+    try:
+        write_all(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------
+# Asset stores: where an action's results stay.  Knows paths and URLs, nothing of
+# units.  Another store is another subclass with save, and its name in STORES.
+# ---------------------------------------------------------------------------
+
+
+class AssetStore:
+    """Keeps files for good, under names the caller chooses."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raise OSError where the store can't be used."""
+        raise NotImplementedError
+
+    def save(self, local_path: str, save_path: str) -> str:
+        """Keep the file at *local_path* as *save_path*; return its URL.
+
+        Raises OSError."""
+        raise NotImplementedError
+
+
+class FilesystemStore(AssetStore):
+    """Keeps files below local_storage_path, a network's drive for example."""
+
+    def check(self) -> None:
+        """See AssetStore.  The directory itself is made by the first save."""
+        path = self.config.local_storage_path
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "is no writable directory", path)
+
+    def save(self, local_path: str, save_path: str) -> str:
+        """See AssetStore.  Who finds the file under its name finds all of it."""
+        path = os.path.join(self.config.local_storage_path, save_path)
+        make_private_directory(os.path.dirname(path))
+        part = f"{path}.{os.getpid()}.part"
+        try:
+            copy_file(local_path, part)
+            os.replace(part, path)
+        finally:
+            remove_file(part)
+        return file_url(path)
+
+
+STORES: dict[str, type[AssetStore]] = {"filesystem": FilesystemStore}
+
+
+def file_url(path: str) -> str:
+    """The ``file:`` URL of *path*, in the ASCII that protocol.md asks of a URL."""
+    return "file://" + re.sub(
+        rb"[^!$&-;=@-Z_a-z~]",
+        lambda match: b"%%%02X" % ord(match[0]),
+        os.fsencode(path),
+    ).decode("ascii")
+
+
+# ---------------------------------------------------------------------------
+# Actions: what is done with an input.  Knows inputs, work directories and programs;
+# nothing of processes, records or central.
+# ---------------------------------------------------------------------------
+
+URL = re.compile(r"(?:file:/|(?:https?|ftp)://)[!-~]+", re.IGNORECASE)
+WEB_URL = re.compile(r"(?:https?|ftp):", re.IGNORECASE)
+
+
+def safe_file_name(url: str) -> str:
+    """The name under which *url* is downloaded; protocol.md, "Where files go".
+
+    Never empty, ``.`` or ``..``, never with a slash, short enough for a file system."""
+    base = re.sub(r"\?.*", "", url, flags=re.DOTALL).rstrip("/").rpartition("/")[2]
+    extension = os.path.splitext(base)[1]
+    name = percent_decoded(base).decode("utf-8", "replace")
+    name = re.sub(r"-+", "-", re.sub(r"[^a-zA-Z0-9_\-.]", "-", name))
+    if extension and name.endswith(extension):
+        name = name[: -len(extension)]
+    name = name.replace(".", "-")[:150] + extension[:50]
+    return name if name.strip(".") else "input"
+
+
+def percent_decoded(url: str) -> bytes:
+    """*url* with each %XX turned into its byte."""
+    return re.sub(
+        rb"%([0-9A-Fa-f]{2})",
+        lambda match: bytes([int(match[1], 16)]),
+        url.encode("utf-8", "surrogateescape"),
+    )
+
+
+def local_path(url: str) -> str:
+    """The path that a ``file:`` URL names.
+
+    CloudCrowd writes the path as it is, others percent-encoded: the first that
+    exists is meant."""
+    path = re.sub(r"\Afile:(//(localhost(?=/))?)?", "", url, flags=re.IGNORECASE)
+    return path if os.path.exists(path) else os.fsdecode(percent_decoded(path))
+
+
+class Action:
+    """What is done with an input: the base of every action.
+
+    A subclass defines process(), and split() and merge() where its jobs have these
+    stages.  Each returns what JSON can hold; split() returns a list, of which each
+    element becomes an input of process(); merge() finds the list of all outputs in
+    input.  An exception fails the unit, with its text as the reason.
+
+    input           str, or what the input's JSON says where it is an object or a list
+    input_path      path of the downloaded file, where the input is a URL; else None
+    file_name       that file's name, without the extension; else None
+    options         dict: the job's options, and job_id, work_unit_id, attempts
+    work_directory  the current directory: private, and removed afterwards
+    """
+
+    _name = ""
+
+    def __init__(
+        self, input: str, options: Json, store: AssetStore, work_directory: str
+    ) -> None:
+        self.options = options
+        self.work_directory = work_directory
+        self.input_path: str | None = None
+        self.file_name: str | None = None
+        self.input: Any = input
+        self._store = store
+        self._parse_input()
+        if isinstance(self.input, str) and URL.fullmatch(self.input):
+            name = safe_file_name(self.input)
+            self.file_name = os.path.splitext(name)[0]
+            self.input_path = self.download(self.input, name)
+
+    def process(self) -> Any:
+        """Turn the input into an output.  Every action defines this."""
+        raise ActionFailed(f"the action {self._name} does not define process")
+
+    def download(self, url: str, path: str) -> str:
+        """Fetch *url* into the file at *path*, relative to the work directory.
+
+        Returns the absolute path; raises ActionFailed where it can't be had."""
+        path = os.path.join(self.work_directory, path)
+        try:
+            if WEB_URL.match(url):
+                download_from_web(url, path)
+            else:
+                copy_regular_file(local_path(url), path)
+        except (OSError, ValueError, EOFError) as error:
+            raise ActionFailed(f"can't download {url}: {error}") from error
+        return path
+
+    def save(self, path: str) -> str:
+        """Keep the file at *path* for good, and return the URL it is found at."""
+        prefix = f"{self._name}/job_{self.options['job_id']}"
+        unit = f"unit_{self.options['work_unit_id']}"
+        path = os.path.join(self.work_directory, path)
+        return self._store.save(path, f"{prefix}/{unit}/{os.path.basename(path)}")
+
+    def _parse_input(self) -> None:
+        if self.input[:1] in ("[", "{"):
+            try:
+                self.input = strict_json(self.input)
+            except ValueError:
+                pass  # then it is a string that begins so
+
+
+def copy_regular_file(source: str, target: str) -> None:
+    """Copy a file; a device or a pipe might never end.  Raises OSError."""
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise OSError(errno.EINVAL, "is not a regular file", source)
+    copy_file(source, target)
+
+
+def download_from_web(url: str, path: str) -> None:
+    """Write what *url* answers into *path*, unpacked if it comes with gzip.
+
+    Raises OSError or ValueError; any status but 2xx is one."""
+    import http.client
+    import urllib.request  # the fork server has it by now; see ForkServer.start
+    import zlib
+
+    request = urllib.request.Request(url, headers={"User-Agent": "crowdnode"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as reply:
+            encoding = (reply.headers.get("Content-Encoding") or "").lower()
+            unpack = zlib.decompressobj(47) if encoding in ("gzip", "deflate") else None
+            length = reply.headers.get("Content-Length")
+            received = 0
+            with open(path, "wb", buffering=0) as file:
+                for piece in iter(lambda: reply.read(MEGABYTE), b""):
+                    received += len(piece)
+                    plain = unpack.decompress(piece) if unpack else piece
+                    write_all(file.fileno(), plain)
+    except (http.client.HTTPException, zlib.error) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
+    if length is not None and received != int(length):
+        raise OSError(f"only {received} of {length} bytes came")
+    if unpack and not unpack.eof:
+        raise OSError("the compressed file is cut short")
+
+
+class ExecutableAction(Action):
+    """An action in any language: a program started with the stage as its argument."""
+
+    path = ""
+
+    def execute(self, stage: str) -> Any:
+        """Run the program; its standard output is the result.  Raises ActionFailed.
+
+        No pipes: files can't fill up while the other side waits.  No subprocess
+        module either, which would cost each worker its import."""
+        request = {
+            "stage": stage,
+            "input": self.input,
+            "input_path": self.input_path,
+            "file_name": self.file_name,
+            "options": self.options,
+        }
+        stdin, stdout = self._unnamed_file(), self._unnamed_file()
+        write_all(stdin, json.dumps(request).encode())
+        os.lseek(stdin, 0, os.SEEK_SET)
+        errors_from = os.lseek(2, 0, os.SEEK_END)
+        try:
+            pid = os.posix_spawn(
+                self.path,
+                [self.path, stage],
+                os.environ,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, stdin, 0),
+                    (os.POSIX_SPAWN_DUP2, stdout, 1),
+                ],
+                # Python ignores these, and the program should not.
+                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+            )
+        except OSError as error:
+            hint = " (it needs a first line such as #!/bin/sh)"
+            hint = hint if error.errno == errno.ENOEXEC else ""
+            raise ActionFailed(
+                f"can't start {self.path}: {error.strerror}{hint}"
+            ) from None
+        status = os.waitpid(pid, 0)[1]
+        if status:
+            how = describe_end(status)
+            errors = printed_since(errors_from)
+            raise ActionFailed(f"{errors or os.path.basename(self.path)} ({how})")
+        return self._result(stdout)
+
+    def process(self) -> Any:
+        """See Action; split and merge are like it, where the stages have them."""
+        return self.execute("process")
+
+    def _unnamed_file(self) -> int:
+        name = os.path.join(self.work_directory, ".crowdnode")
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.unlink(name)
+        return descriptor
+
+    def _result(self, descriptor: int) -> Any:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with open(descriptor, "rb") as file:
+            data = file.read()
+        try:
+            output = data.decode()
+        except UnicodeDecodeError as error:
+            raise ActionFailed(f"standard output is not UTF-8: {error}") from None
+        try:
+            return strict_json(output)
+        except ValueError:
+            return output.rstrip("\n")
+
+
+def describe_end(wait_status: int) -> str:
+    """How a process ended, from what waitpid said of it."""
+    if os.WIFSIGNALED(wait_status):
+        number = os.WTERMSIG(wait_status)
+        hints = {
+            signal.SIGKILL: "; perhaps the machine is out of memory",
+            signal.SIGXFSZ: "; it wrote more than file_limit",
+        }
+        return f"killed by {signal_name(number)}{hints.get(number, '')}"  # type: ignore[call-overload]
+    return f"exit status {os.WEXITSTATUS(wait_status)}"
+
+
+def printed_since(offset: int) -> str:
+    """The last lines of what this process and its children have printed since the
+    file of it was *offset* bytes long.  The node may cut that file back."""
+    size = os.fstat(2).st_size
+    start = max(min(offset, size), size - MESSAGE_TAIL)
+    return os.pread(2, MESSAGE_TAIL, start).decode("utf-8", "replace").strip()
+
+
+def executable_action(name: str, path: str, stages: list[str]) -> type[Action]:
+    """The class for the program at *path*."""
+
+    def stage_method(stage: str) -> Callable[[ExecutableAction], Any]:
+        return lambda action: action.execute(stage)
+
+    members: Json = {stage: stage_method(stage) for stage in stages}
+    return type(name, (ExecutableAction,), {**members, "path": path})
+
+
+def stages_of(action: type[Action]) -> list[str]:
+    """The stages that *action* defines, in the order of a job."""
+    return [
+        stage
+        for stage in ("split", "process", "merge")
+        if getattr(action, stage, None) not in (None, Action.process)
+    ]
+
+
+class WordCount(Action):
+    """CloudCrowd's example: the words of each input, counted as ``wc -w`` does, and
+    their sum."""
+
+    def process(self) -> int:
+        """The number of words in the input's file, or in the input itself."""
+        if self.input_path is None:
+            return len(str(self.input).split())
+        count, in_word = 0, False
+        with open(self.input_path, "rb") as file:
+            for piece in iter(lambda: file.read(MEGABYTE), b""):
+                # A word that goes over from the piece before is counted already.
+                count += len(piece.split()) - (in_word and not piece[:1].isspace())
+                in_word = not piece[-1:].isspace()
+        return count
+
+    def merge(self) -> int:
+        """The sum of the counts."""
+        return sum(self.input)
+
+
+BUILT_IN_ACTIONS: dict[str, type[Action]] = {"word_count": WordCount}
+
+
+class ActionLoader:
+    """Finds the actions of a configuration.  ``problems`` holds what a person should
+    know: (log level, sentence)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.actions: dict[str, type[Action]] = {}
+        self.problems: list[tuple[str, str]] = []
+
+    def load(self) -> dict[str, type[Action]]:
+        """Load every action; one that does not load is left out, and said."""
+        # A module says "from crowdnode import Action" though this runs as __main__.
+        sys.modules.setdefault("crowdnode", sys.modules[__name__])
+        origin: dict[str, str] = {}
+        for path in self._candidates():
+            name = os.path.splitext(os.path.basename(path))[0]
+            if name in origin:
+                self._error(
+                    f"{path} is left out: {origin[name]} has the same name; rename one"
+                )
+                continue
+            action = self._load(name, path)
+            if action:
+                origin[name] = path
+                self.actions[name] = action
+        if not self.config.disable_default_actions:
+            self.actions = {**BUILT_IN_ACTIONS, **self.actions}
+        for name in self.config.disabled_actions:
+            if self.actions.pop(name, None) is None:
+                self._warn(f"disabled_actions: there is no action {name}")
+        for name in set(self.config.actions) - set(self.actions):
+            self._warn(f"[action {name}]: there is no action {name}")
+        for name, action in self.actions.items():
+            action._name = name
+        return self.actions
+
+    def _error(self, sentence: str) -> None:
+        self.problems.append(("error", sentence))
+
+    def _warn(self, sentence: str) -> None:
+        self.problems.append(("warning", sentence))
+
+    def _candidates(self) -> list[str]:
+        """The files in actions_path that may be actions, by name."""
+        directory = self.config.actions_path
+        try:
+            names = sorted(os.listdir(directory))
+        except FileNotFoundError:
+            return []  # fine: there are built-in ones
+        except OSError as error:
+            self._error(f"actions_path: {error}")
+            return []
+        paths = [os.path.join(directory, name) for name in names if name[0] not in "._"]
+        return [path for path in paths if os.path.isfile(path) and self._is_one(path)]
+
+    def _is_one(self, path: str) -> bool:
+        if path.endswith(".py") or os.access(path, os.X_OK):
+            return True
+        try:
+            if read_file(path)[:2] == b"#!":
+                self._warn(f"{path} is left out: it is not executable (chmod +x)")
+        except OSError as error:
+            self._error(f"{path} is left out: {error}")
+        return False
+
+    def _load(self, name: str, path: str) -> type[Action] | None:
+        if not ACTION_NAME.fullmatch(name):
+            self._error(
+                f"{path} is left out: its name must be letters, digits and _, "
+                "and begin with a letter"
+            )
+            return None
+        if not path.endswith(".py"):
+            stages = self.config.limit(name, "stages") or ["process"]
+            return executable_action(name, path, stages)
+        before = running_threads()
+        try:
+            action = self._load_module(name, path)
+        except (Exception, SystemExit) as error:
+            where = last_line_in(error, path)
+            self._error(f"{path} is left out: {type(error).__name__}: {error}{where}")
+            action = None
+        for thread in running_threads() - before:
+            self._warn(
+                f"{path} starts the thread {thread} when it is imported: it will not "
+                "run in workers, and a lock it holds then is held there for ever; "
+                "start it in process()"
+            )
+        return action
+
+    def _load_module(self, name: str, path: str) -> type[Action]:
+        import importlib.util
+
+        module_name = f"crowdnode_action_{name}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec and spec.loader  # it ends in .py
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        if self.config.actions_path not in sys.path:  # for what several actions share
+            sys.path.insert(0, self.config.actions_path)
+        spec.loader.exec_module(module)
+        found = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, sys.modules["crowdnode"].Action)
+            and value.__module__ == module_name
+        ]
+        if len(found) != 1:
+            raise ImportError(
+                f"it must define one subclass of Action, not {len(found)}"
+            )
+        if "process" not in stages_of(found[0]):
+            raise ImportError(f"its class {found[0].__name__} must define process")
+        return found[0]
+
+
+def running_threads() -> set[str]:
+    """The names of this process's threads, where anything has imported threading."""
+    threading = sys.modules.get("threading")
+    return {thread.name for thread in threading.enumerate()} if threading else set()
+
+
+def last_line_in(error: BaseException, path: str) -> str:
+    """Where in the file at *path* the *error* came up, for a person."""
+    line, traceback = 0, error.__traceback__
+    while traceback:
+        if traceback.tb_frame.f_code.co_filename == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f" ({os.path.basename(path)}, line {line})" if line else ""
+
+
+# ---------------------------------------------------------------------------
+# Worker: one process for one unit.  Knows the unit and its record; leaves the outcome
+# there and exits.  It touches little: each page it writes to is copied.
+# ---------------------------------------------------------------------------
+
+
+class Worker:
+    """Runs one work unit, in a process of its own."""
+
+    def __init__(
+        self, unit: Json, action: type[Action] | None, config: Config, record: int
+    ) -> None:
+        self.unit = unit
+        self.action = action
+        self.config = config
+        self.record = record  # the descriptor; it holds the record's lock
+        self.name = str(unit["action"])
+        self.start_time = time.monotonic()
+
+    def run(self) -> None:
+        """Do the unit and write down its outcome.  Returns where that was possible."""
+        try:
+            self._settle_in()
+        except OSError as error:
+            reason = f"the worker can't be set up: {error}"
+            self._write_outcome("failed", encoded_failure(reason))
+            return
+        status, output = self.run_work_unit()
+        try:
+            if self.unit["options"].get("benchmark") is True:
+                print(f"benchmark: {self._benchmark()}")
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            pass  # the action has closed it
+        self._write_outcome(status, output)
+
+    def _benchmark(self) -> str:
+        user, system, child_user, child_system, _ = os.times()
+        user, system = user + child_user, system + child_system
+        return f"{user:.3f} user {system:.3f} system {self.time_taken():.3f} real"
+
+    def time_taken(self) -> float:
+        """Seconds since this worker began."""
+        return time.monotonic() - self.start_time
+
+    def run_work_unit(self) -> tuple[str, bytes]:
+        """Run the action.  Whatever it raises is a failure, and is told as one."""
+        directory = None
+        try:
+            if self.action is None:
+                raise ActionFailed(f"this node has no action named {self.name}")
+            directory = self._make_work_directory()
+            return "succeeded", encoded_output(self._call(self.action, directory))
+        except BaseException as error:
+            return "failed", encoded_failure(self._explain(error))
+        finally:
+            if directory:
+                self._leave(directory)
+
+    def _call(self, action: type[Action], directory: str) -> Any:
+        stage = STAGES[self.unit["status"]]
+        if getattr(action, stage, None) is None:
+            raise ActionFailed(f"the action {self.name} does not define {stage}")
+        options = {
+            **self.unit["options"],
+            "job_id": self.unit["job_id"],
+            "work_unit_id": self.unit["id"],
+            "attempts": self.unit["attempts"],
+        }
+        store = STORES[self.config.storage](self.config)
+        task = action(self.unit["input"], options, store, directory)
+        result = getattr(task, stage)()
+        if stage == "split" and not isinstance(result, (list, tuple)):
+            raise ActionFailed(f"split must return a list, not {type(result).__name__}")
+        return result
+
+    def _settle_in(self) -> None:
+        """Become what a worker is: nice, limited, printing to its own file."""
+        os.setsid()
+        path = os.path.join(self.config.units_path, f"{self.unit['id']}.out")
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
+        output = os.open(path, flags, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        if self.config.limit(self.name, "nice"):
+            os.nice(self.config.limit(self.name, "nice"))
+        try:  # the first that the kernel may end when memory runs out
+            score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+            os.write(score, b"1000")
+            os.close(score)
+        except OSError:
+            pass  # no Linux
+        self._limit("memory_limit", "RLIMIT_DATA")
+        self._limit("file_limit", "RLIMIT_FSIZE")
+
+    def _limit(self, key: str, name: str) -> None:
+        """Apply one limit.  Soft, so that the outcome can be written above it."""
+        megabytes = self.config.limit(self.name, key)
+        if megabytes:
+            import resource  # the fork server has imported it
+
+            number = getattr(resource, name)
+            hard = resource.getrlimit(number)[1]
+            limit = int(megabytes * MEGABYTE)
+            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(number, (soft, hard))
+
+    def _lift_limits(self) -> None:
+        if "resource" in sys.modules:
+            import resource
+
+            for number in (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
+                hard = resource.getrlimit(number)[1]
+                resource.setrlimit(number, (hard, hard))
+
+    def _make_work_directory(self) -> str:
+        path = self.config.work_directory(self.name, self.unit["id"])
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:  # of an earlier attempt
+            remove_tree(path)
+            os.mkdir(path, 0o700)
+        except FileNotFoundError:
+            os.makedirs(path, 0o700)
+        os.chdir(path)
+        return path
+
+    def _leave(self, directory: str) -> None:
+        try:
+            os.chdir("/")
+            remove_tree(directory)
+        except (OSError, RecursionError) as error:
+            print(f"can't remove {directory}: {error}", file=sys.stderr)
+
+    def _explain(self, error: BaseException) -> str:
+        """One line on *error* for central; all of it goes to the log."""
+        if isinstance(error, ActionFailed):
+            return str(error)
+        sys.excepthook(type(error), error, error.__traceback__)
+        module = sys.modules.get(self.action.__module__) if self.action else None
+        where = last_line_in(error, getattr(module, "__file__", None) or "")
+        if isinstance(error, MemoryError) and self.config.limit(
+            self.name, "memory_limit"
+        ):
+            where += "; memory_limit is {:g} MB".format(
+                self.config.limit(self.name, "memory_limit")
+            )
+        return f"{type(error).__name__}: {error}{where}"
+
+    def _write_outcome(self, status: str, output: bytes) -> None:
+        """Write the outcome's line, or at least that it can't be written."""
+        self._lift_limits()
+        size = os.fstat(self.record).st_size
+        for _ in range(2):
+            line = b"%s %.6f %s\n" % (status.encode(), self.time_taken(), output)
+            try:
+                write_all(self.record, line)
+                return
+            except OSError as error:
+                os.ftruncate(self.record, size)
+                # This one is short: it fits into what the file occupies already.
+                reason = f"the outcome can't be written: {error.strerror}"
+                status, output = "failed", encoded_failure(reason)
+        raise OSError("the outcome can't be written")
+
+
+def encoded_output(result: Any) -> bytes:
+    """The outcome as central takes it: always an object with the key output."""
+    try:
+        return to_json({"output": result}).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ActionFailed(f"the output is not JSON: {error}") from None
+
+
+def encoded_failure(message: str) -> bytes:
+    """A failure's reason as central takes it, whatever is in it."""
+    return to_json({"output": message.encode("utf-8", "replace").decode()}).encode()
+
+
+# ---------------------------------------------------------------------------
+# Fork server: the one process that forks, with one thread and without a network.
+# Knows workers by their pid; what becomes of an outcome is the node's business.
+#
+# Messages are lines of JSON.  From the node:
+#     ["configure", configuration]               once, first
+#     ["unit", digest, unit]   ["kill", pid, signal]   ["try"]
+# To the node:
+#     ["ready", {action: stages}, problems]      once, first
+#     ["started", id, pid]   ["refused", id, reason]   ["exists", id]
+#     ["ended", id, wait status, timed out]      ["tried", reason or null]
+# ---------------------------------------------------------------------------
+
+
+class Child:
+    """A worker, as its parent sees it."""
+
+    __slots__ = ("deadline", "pid", "timed_out", "unit_id")
+
+    def __init__(self, pid: int, unit_id: Any) -> None:
+        self.pid = pid
+        self.unit_id = unit_id
+        self.deadline = 0.0
+        self.timed_out = False
+
+
+class ForkServer:
+    """Forks a worker for each unit, reaps it, and ends it at its time limit.
+
+    When the node has gone, or has closed its side, it takes no more units, stays
+    until the last worker has ended, and exits."""
+
+    def __init__(self, link: int) -> None:
+        self.link = link
+        self.children: dict[int, Child] = {}  # by pid
+        self.deadlines: list[tuple[float, int, int]] = []  # heap: (when, pid, signal)
+        self.received = bytearray()
+        self.to_send = bytearray()
+        self.open = True  # the node may send more
+        self.config = Config({})
+        self.actions: dict[str, type[Action]] = {}
+
+    def serve(self) -> None:
+        """Run until the node has gone and the last worker has ended."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.wake, self.wake_writer = os.pipe()
+        for descriptor in (self.link, self.wake, self.wake_writer):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
+        while self.open or self.children:
+            self.step()
+
+    def step(self) -> None:
+        """Wait for one event and do what it asks for."""
+        wanted = [self.wake, self.link] if self.open else [self.wake]
+        sending = [self.link] if self.to_send else []
+        readable, _, _ = select.select(wanted, sending, [], self._patience())
+        if self.wake in readable:
+            os.read(self.wake, 4096)
+            self._reap()
+        self._keep_time()
+        if self.link in readable:
+            self._receive()
+        self._send_all()
+
+    def _patience(self) -> float | None:
+        if not self.deadlines:
+            return None
+        return max(0.0, self.deadlines[0][0] - time.monotonic())
+
+    def _receive(self) -> None:
+        try:
+            data = os.read(self.link, READ_SIZE)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        self.open = bool(data)
+        if b"\n" not in data:
+            self.received += data
+            return
+        *lines, rest = (bytes(self.received) + data).split(b"\n")
+        self.received = bytearray(rest)
+        for line in lines:
+            self.handle(json.loads(line))
+
+    def _send(self, *message: Any) -> None:
+        self.to_send += json.dumps(message).encode() + b"\n"
+
+    def _send_all(self) -> None:
+        try:
+            while self.to_send:
+                del self.to_send[: os.write(self.link, self.to_send)]
+        except BlockingIOError:
+            pass
+        except OSError:  # the node has gone; what it should know is in the records
+            self.to_send.clear()
+
+    def handle(self, message: list[Any]) -> None:
+        """Do what one message of the node asks for."""
+        if message[0] == "unit":
+            self.start(message[1], message[2])
+        elif message[0] == "kill":
+            if message[1] in self.children:
+                kill_worker(message[1], message[2])
+        elif message[0] == "try":
+            self._send("tried", self._try())
+        elif message[0] == "configure":
+            self.configure(Config(message[1]))
+
+    def configure(self, config: Config) -> None:
+        """Load the actions; from here on the process grows as little as it can."""
+        import gc
+
+        self.config = config
+        loader = ActionLoader(config)
+        self.actions = loader.load()
+        limits = [config.__dict__, *config.actions.values()]
+        if any(part.get("memory_limit") or part.get("file_limit") for part in limits):
+            import resource  # noqa: F401  for the workers
+        if running_threads() - {"MainThread"}:
+            import warnings  # what it would say has been said better, as a problem
+
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
+        stages = {name: stages_of(action) for name, action in self.actions.items()}
+        self._send("ready", stages, loader.problems)
+        gc.collect()
+        gc.freeze()  # or the first collection in a worker would copy every page
+
+    def start(self, digest: str, unit: Json) -> None:
+        """Accept *unit*: write its record, fork its worker, say its pid."""
+        if WEB_URL.match(unit["input"]):
+            import urllib.request  # noqa: F401  once here, not in each worker
+        path = os.path.join(self.config.units_path, str(unit["id"]))
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        record = -1
+        try:
+            record = os.open(path, flags, 0o600)
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_all(record, first_line(unit, digest))
+            pid = os.fork()
+            if pid == 0:
+                self._become_worker(unit, record)
+            self._keep(pid, unit)
+            write_all(record, b"pid %d\n" % pid)
+            self._send("started", unit["id"], pid)
+        except FileExistsError:
+            self._send("exists", unit["id"])
+        except OSError as error:
+            self._refuse(unit, path, error)
+        finally:
+            if record >= 0:
+                os.close(record)
+
+    def _refuse(self, unit: Json, path: str, error: OSError) -> None:
+        """Undo the start of *unit*: its record, and its worker if there is one."""
+        for pid, child in list(self.children.items()):
+            if child.unit_id == unit["id"]:
+                kill_worker(pid, signal.SIGKILL)
+                del self.children[pid]  # its end is nobody's business
+        try:
+            remove_file(path)
+        except OSError:
+            pass  # without a pid's line nobody will take it for accepted
+        self._send("refused", unit["id"], f"can't start a worker: {error.strerror}")
+
+    def _keep(self, pid: int, unit: Json) -> None:
+        self.children[pid] = Child(pid, unit["id"])
+        limit = self.config.limit(unit["action"], "time_limit")
+        if limit:
+            deadline = time.monotonic() + limit
+            self._set_deadline(self.children[pid], deadline, signal.SIGTERM)
+
+    def _set_deadline(self, child: Child, when: float, number: int) -> None:
+        child.deadline = when
+        heapq.heappush(self.deadlines, (when, child.pid, number))
+
+    def _become_worker(self, unit: Json, record: int) -> NoReturn:
+        """The child's path: whatever happens, it ends here."""
+        code = EXIT_FAILED
+        try:
+            signal.set_wakeup_fd(-1)
+            for descriptor in (self.link, self.wake, self.wake_writer):
+                os.close(descriptor)
+            action = self.actions.get(unit["action"])
+            Worker(unit, action, self.config, record).run()
+            code = EXIT_OK
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(code)
+
+    def _reap(self) -> None:
+        """Say the end of every worker that has ended; end what it has left running."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            kill_group(pid, signal.SIGKILL)
+            child = self.children.pop(pid, None)
+            if child:
+                self._send("ended", child.unit_id, status, child.timed_out)
+
+    def _keep_time(self) -> None:
+        """TERM, and a little later KILL, for workers over their time limit."""
+        now = time.monotonic()
+        while self.deadlines and self.deadlines[0][0] <= now:
+            when, pid, number = heapq.heappop(self.deadlines)
+            child = self.children.get(pid)
+            if child and child.deadline == when:  # or another worker has its pid now
+                child.timed_out = True
+                kill_worker(pid, number)
+                if number == signal.SIGTERM:
+                    self._set_deadline(child, now + KILL_GRACE, signal.SIGKILL)
+
+    def _try(self) -> str | None:
+        """Could a worker be started now?  The reason if not."""
+        path = os.path.join(self.config.units_path, ".try")
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                write_all(descriptor, bytes(4096))
+            finally:
+                os.close(descriptor)
+                os.unlink(path)
+            pid = os.fork()
+        except OSError as error:
+            return f"can't start a worker: {error.strerror}"
+        if pid == 0:
+            os._exit(0)
+        return None
+
+
+def run_fork_server(descriptor: int) -> int:
+    """The fork server's main; *descriptor* is its end of the socket pair."""
+    ForkServer(descriptor).serve()
+    return EXIT_OK
+
+
+# ---------------------------------------------------------------------------
+# Central, as its client sees it.  Knows the wire to central in both dialects;
+# nothing of units but what is reported of them.
+# ---------------------------------------------------------------------------
+
+
+class CentralError(Exception):
+    """A call that central did not take.  status: its answer's, or None where there
+    was none; refused: nothing was there to connect to, so nothing was received."""
+
+    def __init__(self, message: str, status: int | None = None, refused: bool = False):
+        super().__init__(message)
+        self.status = status
+        self.refused = refused
+
+
+class Central:
+    """The calls of a node to the central server.  Each raises CentralError."""
+
+    def __init__(self, config: Config, port: int) -> None:
+        self.config = config
+        self.port = port
+        self.dialect = None if config.dialect == "auto" else config.dialect
+        self.checked_in: float | None = None  # monotonic
+        self.error: str | None = None  # of the last call that failed, until one works
+        # Without a proxy of the environment: central is a neighbour.
+        no_proxy = urllib.request.ProxyHandler({})
+        self._opener = urllib.request.build_opener(no_proxy)
+        self._headers = {"User-Agent": f"crowdnode/{__version__}"}
+        if config.http_authentication:
+            self._headers["Authorization"] = basic_credentials(config)
+
+    def check_in(self, busy: bool, actions: list[str]) -> None:
+        """Say that this node is here, and whether it takes work.
+
+        The wrong dialect is answered with 500 and nothing is recorded, so the other
+        is tried then; an old central may say 500 for other reasons too, so neither is
+        ever ruled out.  Source: protocol.md, "Node to central"."""
+        for dialect in self._dialects():
+            try:
+                self._call(
+                    "PUT",
+                    self._node_path(dialect),
+                    self._check_in_fields(dialect, busy, actions),
+                    self.config.central_timeout,
+                )
+            except CentralError as error:
+                failure = error
+                if error.status != 500:
+                    break
+            else:
+                if self.config.dialect == "auto":
+                    self.dialect = dialect
+                self.checked_in = time.monotonic()
+                return
+        raise failure
+
+    def check_out(self) -> None:
+        """Have central release this node's units to others."""
+        dialects = [self.dialect] if self.dialect else self._dialects()
+        for dialect in dialects:  # an unknown node is no error
+            self._call("DELETE", self._node_path(dialect), None, CHECK_OUT_TIMEOUT)
+
+    def report(self, unit: Unit, status: str, seconds: str, output: str) -> None:
+        """Report a unit's outcome; *output* is JSON text.
+
+        Source of the fields and their order: wire/new-report-*.request."""
+        fields = [
+            ("pid", str(unit.pid)),
+            ("id", str(unit.id)),
+            ("time", seconds),
+            ("status", status),
+            ("output", output),
+        ]
+        self._call("PUT", f"/work/{unit.id}", fields, self.config.report_timeout)
+
+    def heartbeat(self) -> None:
+        """Ask whether central is there."""
+        self._call("GET", "/heartbeat", None, self.config.central_timeout)
+
+    def _dialects(self) -> list[str]:
+        if self.config.dialect != "auto":
+            return [self.config.dialect]
+        return ["0.5", "seed"] if self.dialect == "0.5" else ["seed", "0.5"]
+
+    def _node_path(self, dialect: str) -> str:
+        port = "" if dialect == "seed" else f":{self.port}"
+        return f"/node/{self.config.host}{port}"
+
+    def _check_in_fields(self, dialect: str, busy: bool, actions: list[str]) -> Fields:
+        """Never the newer form with a port: an old central takes it for a second node.
+
+        A tag or a limit that there is not is left out; see protocol.md."""
+        fields = [("port", str(self.port))] if dialect == "seed" else []
+        fields.append(("busy", "true" if busy else "false"))
+        if dialect != "seed" and self.config.tag:
+            fields.append(("tag", self.config.tag))
+        if self.config.max_workers:
+            fields.append(("max_workers", str(self.config.max_workers)))
+        fields.append(("enabled_actions", ",".join(actions)))
+        return fields
+
+    def _call(
+        self, method: str, path: str, fields: Fields | None, timeout: float
+    ) -> None:
+        data = urllib.parse.urlencode(fields).encode() if fields else None
+        url = self.config.central_server + path
+        request = urllib.request.Request(url, data, self._headers, method=method)
+        try:
+            # The status says all: a 2xx was taken, whatever becomes of its body.
+            self._opener.open(request, timeout=timeout).close()
+        except Exception as error:
+            failure = self._failure(error)
+            self.error = str(failure)
+            raise failure from None
+        self.error = None
+
+    def _failure(self, error: Exception) -> CentralError:
+        """What *error* means, in words for a person."""
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            sentence = f"it answered {error.code} {error.reason}"
+            if error.code == 401:
+                keys = (
+                    "login and password"
+                    if self.config.login
+                    else ("http_authentication, login and password")
+                )
+                sentence += (
+                    f": check {keys} in {self.config.file or 'the configuration'}"
+                )
+            return CentralError(sentence, status=error.code)
+        if isinstance(error, urllib.error.URLError):
+            reason = error.reason
+            refused = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
+            return CentralError(str(reason), refused=refused)
+        return CentralError(f"{type(error).__name__}: {error}")
+
+
+def basic_credentials(config: Config) -> str:
+    """The value of the Authorization header for *config*'s login and password."""
+    pair = f"{config.login}:{config.password}"
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
+# ---------------------------------------------------------------------------
+# Node, part one: its threads' tools.  A loop that no fault ends, the pool that
+# reports, the reasons to refuse work, the wire to the fork server.
+# ---------------------------------------------------------------------------
+
+log: logging.Logger  # set_up_log() makes it
+
+
+def log_output(who: str, data: bytes) -> None:
+    """Copy what a process has printed to the log, line by line, under its name."""
+    for line in data.decode("utf-8", "replace").splitlines():
+        record = {"name": who, "levelno": logging.INFO, "levelname": "output"}
+        printable = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", line)
+        log.handle(logging.makeLogRecord({**record, "msg": printable}))
+
+
+class Repeater:
+    """Does *step* every *interval* seconds, each time on a new threading.Timer.
+
+    step may return other seconds to wait.  No fault in it ends the loop."""
+
+    def __init__(self, step: Callable[[], float | None], interval: float) -> None:
+        self.step = step
+        self.interval = interval
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._running = self._again = self._stopped = False
+
+    def start(self) -> None:
+        """Begin; the first step comes after one interval."""
+        with self._lock:
+            self._arm(self.interval)
+
+    def soon(self) -> None:
+        """Do the next step now, or again when the one under way is done."""
+        with self._lock:
+            self._again = self._running
+            if self._timer and not self._running and not self._stopped:
+                self._timer.cancel()
+                self._arm(0)
+
+    def stop(self) -> None:
+        """Do no further step."""
+        with self._lock:
+            self._stopped = True
+            if self._timer:
+                self._timer.cancel()
+
+    def _arm(self, delay: float) -> None:
+        self._timer = threading.Timer(delay, self._run)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._running, self._again = True, False
+            delay = None
+            try:
+                delay = self.step()
+            except Exception:
+                log.exception("a step failed; the next comes in %g s", self.interval)
+            finally:
+                delay = self.interval if delay is None else delay
+                armed = self._rearm(delay)
+            if armed:
+                return
+            time.sleep(max(delay, 1))
+
+    def _rearm(self, delay: float) -> bool:
+        """False where no thread is to be had: then the one that is here goes on."""
+        with self._lock:
+            self._running = False
+            try:
+                if not self._stopped:
+                    self._arm(0 if self._again else delay)
+            except RuntimeError:
+                return False
+            return True
+
+
+class Backoff:
+    """Seconds to wait after each failure in turn: more and more, never in step with
+    other nodes."""
+
+    def __init__(self) -> None:
+        self.wait = 0.0
+
+    def failed(self, patient: bool = False) -> float:
+        """Seconds until the next try; *patient*: the longest wait at once."""
+        self.wait = min(self.wait * 2 or RETRY_WAIT, RETRY_WAIT_LIMIT)
+        if patient:
+            self.wait = RETRY_WAIT_LIMIT
+        return self.wait * random.uniform(0.8, 1.2)
+
+
+class Reporter:
+    """Delivers outcomes to central from a few threads, for as long as it takes.
+
+    *deliver* raises CentralError where central has not taken it."""
+
+    def __init__(self, deliver: Callable[[Unit], None]) -> None:
+        self.deliver = deliver
+        self.central_is_away = False
+        self._changed = threading.Condition()
+        self._ready: deque[Unit] = deque()
+        self._waiting: list[tuple[float, int, Unit]] = []  # heap: (when, tie, unit)
+        self._count = 0
+        for number in range(REPORTERS):
+            name = f"reporter {number + 1}"
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def put(self, unit: Unit) -> None:
+        """Have *unit* reported."""
+        with self._changed:
+            self._ready.append(unit)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            unit = self._next()
+            try:
+                self.deliver(unit)
+            except CentralError as error:
+                self.central_is_away = error.refused
+                # It may have been taken, and a second report is not free.
+                wait = unit.backoff.failed(patient=not error.refused)
+                log.warning(
+                    "%s: central has not taken the report: %s; again in %.0f s",
+                    unit, error, wait,
+                )  # fmt: skip
+                self._put_off(unit, wait)
+            except Exception:
+                log.exception("%s: can't be reported; again in a minute", unit)
+                self._put_off(unit, RETRY_WAIT_LIMIT)
+            else:
+                self.central_is_away = False
+                self._wake_all()
+
+    def _next(self) -> Unit:
+        with self._changed:
+            while not self._ready:
+                patience = None
+                if self._waiting:
+                    patience = self._waiting[0][0] - time.monotonic()
+                if patience is not None and patience <= 0:
+                    return heapq.heappop(self._waiting)[2]
+                self._changed.wait(patience)
+            return self._ready.popleft()
+
+    def _put_off(self, unit: Unit, seconds: float) -> None:
+        with self._changed:
+            self._count += 1
+            due = time.monotonic() + seconds
+            heapq.heappush(self._waiting, (due, self._count, unit))
+            self._changed.notify()
+
+    def _wake_all(self) -> None:
+        """Central is back for one, so it is back for all."""
+        if self._waiting:
+            with self._changed:
+                self._ready.extend(unit for _, _, unit in sorted(self._waiting))
+                self._waiting.clear()
+                self._changed.notify_all()
+
+
+class Overload:
+    """Why this node refuses work; calls *over* when the last reason has gone."""
+
+    def __init__(self, over: Callable[[], None]) -> None:
+        self.over = over
+        self._lock = threading.Lock()
+        self._reasons: dict[str, str] = {}  # by kind
+        self._reminded = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._reasons)
+
+    @property
+    def reason(self) -> str | None:
+        """All reasons in one line; None where work is taken."""
+        return "; ".join(list(self._reasons.values())) or None
+
+    def has(self, kind: str) -> bool:
+        """Does the reason *kind* hold?"""
+        return kind in self._reasons
+
+    def begin(self, kind: str, reason: str) -> None:
+        """Refuse work for *reason*; said once for each kind."""
+        with self._lock:
+            new = kind not in self._reasons
+            self._reasons[kind] = reason
+            if new:
+                self._reminded = time.monotonic()
+        if new:
+            log.warning("work is refused: %s", reason)
+
+    def end(self, kind: str) -> None:
+        """The reason *kind* holds no more."""
+        with self._lock:
+            reason = self._reasons.pop(kind, None)
+            is_over = reason is not None and not self._reasons
+        if reason is not None:
+            now = "work is taken again" if is_over else f"still refused: {self.reason}"
+            log.info("over: %s; %s", reason, now)
+        if is_over:
+            self.over()
+
+    def remind(self) -> None:
+        """Say it once a minute while it lasts."""
+        now = time.monotonic()
+        if self and now - self._reminded >= REMINDER_INTERVAL:
+            self._reminded = now
+            log.warning("work is still refused: %s", self.reason)
+
+
+def compiled(config: Config) -> str:
+    """The path of this program compiled, or of its source where that can't be had.
+
+    Compiling these lines leaves 10 MB behind, and every fork would copy their page
+    tables.  A node compiles once, so its fork servers stay of its own version."""
+    import py_compile
+
+    path = config.state_file("crowdnode.pyc")
+    source = os.path.abspath(__file__)
+    try:
+        py_compile.compile(source, path, doraise=True)
+    except (OSError, py_compile.PyCompileError) as error:
+        log.warning("can't write %s: %s", path, error)
+        return source
+    return path
+
+
+class ForkServerLink:
+    """The node's end of the socket pair to one fork server.
+
+    *receive* gets this link and each message, on a thread of its own; after the last
+    one it gets ``["gone", how]``."""
+
+    def __init__(
+        self,
+        program: str,
+        config: Config,
+        receive: Callable[[ForkServerLink, list[Any]], None],
+    ) -> None:
+        self.program = program
+        self.receive = receive
+        self.ready = threading.Event()  # the actions are loaded, or it has gone
+        self.actions: dict[str, list[str]] = {}
+        self.problems: list[tuple[str, str]] = []
+        self.probed: float | None = None  # when an unanswered probe was sent
+        self.output = config.state_file("fork_server.out")
+        self._send_lock = threading.Lock()
+        self._socket, theirs = socket.socketpair()
+        try:
+            self._process = self._start(theirs)
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+        self._reader = threading.Thread(target=self._read, name="link", daemon=True)
+        self._reader.start()
+        self.send("configure", vars(config))
+
+    def send(self, *message: Any) -> None:
+        """Send one message; the end of the link answers one that can't be sent."""
+        self.send_line(json.dumps(message).encode() + b"\n")
+
+    def send_line(self, line: bytes) -> None:
+        """See send."""
+        with self._send_lock:
+            try:
+                self._socket.sendall(line)
+            except OSError:
+                pass
+
+    def finish(self) -> None:
+        """Let it finish its workers; it gets no more units."""
+        with self._send_lock, contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def kill(self) -> None:
+        """End it at once.  Its workers go on."""
+        self._process.kill()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has gone, and end it if it does not go."""
+        self._reader.join(seconds)
+        if self._reader.is_alive():
+            self.kill()
+
+    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-u", self.program]
+        command += [FORK_SERVER_FLAG, str(theirs.fileno())]
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC
+        output = os.open(self.output, flags, 0o600)
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the node alone
+                cwd="/",
+            )
+        finally:
+            os.close(output)
+
+    def _read(self) -> None:
+        received = b""
+        while True:
+            try:
+                data = self._socket.recv(READ_SIZE)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            *lines, received = (received + data).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                try:
+                    self._handle(message)
+                except Exception:
+                    log.exception("a message of the fork server: %s", message)
+        status = self._process.wait()
+        self._socket.close()
+        how = (
+            f"killed by {signal_name(-status)}"
+            if status < 0
+            else f"exit status {status}"
+        )
+        try:
+            self.receive(self, ["gone", how])
+        finally:
+            self.ready.set()
+
+    def _handle(self, message: list[Any]) -> None:
+        if message[0] == "ready":
+            self.actions = message[1]
+            self.problems = [(level, sentence) for level, sentence in message[2]]
+            self.ready.set()
+        elif message[0] == "tried":
+            self.probed = None
+        self.receive(self, message)
+
+
+# ---------------------------------------------------------------------------
+# Node, part two: the units.  Knows what each unit's state is and what comes next;
+# the directory of records is the truth, and this is a cache of it.
+# ---------------------------------------------------------------------------
+
+
+COUNTS = (
+    "accepted", "refused", "succeeded", "failed", "died", "timed_out", "reported"
+)  # fmt: skip
+
+
+class Unit:
+    """A unit that this node has, from its arrival until central knows its outcome."""
+
+    def __init__(self, id: Any, job_id: Any, action: str, stage: str, digest: str):
+        self.id = id
+        self.job_id = job_id
+        self.action = action
+        self.stage = stage
+        self.digest = digest  # of its content
+        self.pid: int | None = None
+        self.started = time.monotonic()
+        self.link: ForkServerLink | None = None  # None: an orphan, of an earlier one
+        self.state = "starting"  # then "running", then "ended"
+        self.answered = threading.Event()  # the fork server has, or has gone
+        self.refusal: str | None = None
+        self.replies_due = 0  # requests that wait to be told the pid
+        self.replied = False  # central has been told the pid
+        self.withdrawn = False  # never to be reported
+        self.timed_out = False
+        self.wait_status: int | None = None
+        self.settled = False  # the reporters have it
+        self.told = False  # its outcome is in the counts and the log
+        self.backoff = Backoff()
+
+    def __str__(self) -> str:
+        return f"unit {self.id} ({self.action}, {self.stage})"
+
+    def seconds(self) -> float:
+        """How long it has been here."""
+        return time.monotonic() - self.started
+
+
+def parse_unit(text: str) -> Json:
+    """A unit as it came in the field work_unit.  Raises BadRequest."""
+    try:
+        unit = strict_json(text)
+    except ValueError as error:
+        raise BadRequest(f"work_unit is not JSON: {error}") from None
+    if not isinstance(unit, dict):
+        raise BadRequest("work_unit is not a JSON object")
+    for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
+        if unit.get(key) is None:
+            unit[key] = default
+    for key in ("id", "job_id"):
+        value = unit.get(key)
+        plain = isinstance(value, (int, str)) and not isinstance(value, bool)
+        if not plain or not UNIT_ID.fullmatch(str(value)):
+            raise BadRequest(
+                f"the unit's {key} is no number and not 1 to 64 of A-Z, a-z, 0-9, _, -"
+            )
+    if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
+        raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
+    for key, kind, name in (
+        ("input", str, "a string"),
+        ("action", str, "a string"),
+        ("options", dict, "an object"),
+        ("attempts", int, "a number"),
+    ):
+        if not isinstance(unit.get(key), kind):
+            raise BadRequest(f"the unit's {key} is not {name}")
+    return unit
+
+
+class Units:
+    """The units this node has; see the section's head."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.by_name: dict[str, Unit] = {}
+        self.active: dict[Unit, None] = {}  # those that have not ended, in order
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.changed = threading.Condition(threading.RLock())
+
+    # What the routes ask for.
+
+    def take(self, unit: Json) -> Unit:
+        """Have *unit* done.  Returns it with its pid; the caller owes it replied().
+
+        Raises NodeOverloaded."""
+        line = json.dumps(unit, sort_keys=True)
+        digest = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
+        name = str(unit["id"])
+        deadline = time.monotonic() + START_DEADLINE
+        while True:
+            entry, is_new = self._enter(name, unit, digest, deadline)
+            if is_new and entry.link:
+                message = f'["unit", "{digest}", {line}]\n'
+                entry.link.send_line(message.encode())
+            if not entry.answered.wait(max(0.0, deadline - time.monotonic())):
+                self._give_up(entry)
+            if entry.refusal is None:
+                return entry
+            if entry.refusal != "exists" or time.monotonic() > deadline:
+                raise NodeOverloaded(entry.refusal)
+            self.adopt(name)  # memory did not know it: answer from the record
+
+    def replied(self, entry: Unit, written: bool) -> None:
+        """The reply with the pid has been written, or could not be.
+
+        If not, central believes that it was never taken: so it is not."""
+        with self.changed:
+            entry.replies_due -= 1
+            entry.replied = entry.replied or written
+            if entry.replied:
+                if entry.state == "ended" and not entry.settled:
+                    self._settle(entry)
+            elif not entry.replies_due:
+                log.warning("%s: the reply could not be written; withdrawn", entry)
+                self.withdraw(entry)
+
+    def tally(self, kind: str) -> None:
+        """Count one more of *kind*."""
+        with self.changed:
+            self.counts[kind] += 1
+
+    def running(self) -> list[Unit]:
+        """The units whose workers live, the oldest first."""
+        with self.changed:
+            return [unit for unit in self.active if unit.state == "running"]
+
+    def unreported(self) -> int:
+        """How many units have ended and wait for central to take their outcome."""
+        with self.changed:
+            return len(self.by_name) - len(self.active)
+
+    def _enter(
+        self, name: str, unit: Json, digest: str, deadline: float
+    ) -> tuple[Unit, bool]:
+        """The unit of this *name*, new or known.  An older one with other content
+        is superseded: central would not send it if it had not let go of that one."""
+        with self.changed:
+            while name in self.by_name:
+                known = self.by_name[name]
+                if known.digest == digest and not known.withdrawn:
+                    known.replies_due += 1
+                    return known, False
+                self.withdraw(known)
+                patience = deadline - time.monotonic()
+                if name in self.by_name and not self.changed.wait(max(0.0, patience)):
+                    raise NodeOverloaded(f"{known} is still being ended")
+            self._require_room()
+            stage = STAGES[unit["status"]]
+            entry = Unit(unit["id"], unit["job_id"], unit["action"], stage, digest)
+            entry.link = self.node.link
+            entry.replies_due = 1
+            self._add(name, entry)
+            return entry, True
+
+    def _add(self, name: str, entry: Unit) -> None:
+        self.by_name[name] = entry
+        self.active[entry] = None
+
+    def _drop(self, entry: Unit) -> None:
+        self.by_name.pop(str(entry.id), None)
+        self.active.pop(entry, None)
+        self.changed.notify_all()
+
+    def _require_room(self) -> None:
+        limit = self.node.config.max_workers
+        running = len(self.active)
+        if limit and running >= limit:
+            reason = f"{running} units are running, max_workers is {limit}"
+            self.node.overload.begin("max_workers", reason)
+        if self.node.overload:
+            raise NodeOverloaded(self.node.overload.reason)
+
+    def _give_up(self, entry: Unit) -> None:
+        """The fork server has not answered in time: refuse the unit, and let the
+        monitor find out what is the matter."""
+        with self.changed:
+            if entry.answered.is_set():
+                return
+            reason = f"the fork server has not answered for {START_DEADLINE} s"
+            entry.refusal = reason
+            entry.withdrawn = True
+            entry.answered.set()
+        self.node.overload.begin("start", reason)
+
+    # What the fork server says.
+
+    def started(self, link: ForkServerLink, name: str, pid: int) -> None:
+        """A worker has been forked."""
+        with self.changed:
+            entry = self.by_name.get(name)
+            if entry is None or entry.link is not link:
+                link.send("kill", pid, signal.SIGKILL)
+                return
+            entry.pid, entry.state = pid, "running"
+            if entry.withdrawn:
+                self.withdraw(entry)
+                return
+            self.counts["accepted"] += 1
+            entry.answered.set()
+        log.info("%s started as worker %d", entry, pid)
+
+    def refused(self, link: ForkServerLink, name: str, reason: str) -> None:
+        """No worker could be forked; "exists": there is a record of that name."""
+        with self.changed:
+            entry = self.by_name.get(name)
+            if entry is None or entry.link is not link:
+                return
+            self._drop(entry)
+            entry.refusal = reason
+            entry.answered.set()
+        if reason != "exists":
+            self.node.overload.begin("start", reason)
+
+    def ended(
+        self, link: ForkServerLink, name: str, wait_status: int, timed_out: bool
+    ) -> None:
+        """A worker has ended."""
+        with self.changed:
+            entry = self.by_name.get(name)
+            if entry and entry.link is link:
+                entry.wait_status, entry.timed_out = wait_status, timed_out
+                self._end(entry)
+
+    def orphan(self, link: ForkServerLink) -> None:
+        """The fork server has gone.  Its workers go on; what was starting is refused,
+        and should its worker have been forked all the same, that is ended."""
+        with self.changed:
+            for entry in self.by_name.values():
+                if entry.link is not link:
+                    continue
+                entry.link = None
+                if entry.state == "starting":
+                    entry.withdrawn = True
+                    entry.refusal = entry.refusal or "the fork server has gone"
+                    entry.answered.set()
+
+    # What becomes of a unit.
+
+    def withdraw(self, entry: Unit) -> None:
+        """End *entry* without a report: central has let go of it."""
+        with self.changed:
+            entry.withdrawn = True
+            try:
+                append_to_record(self._path(entry), WITHDRAWN)
+            except OSError as error:
+                log.warning("%s: can't mark its record: %s", entry, error)
+            if entry.state == "ended":
+                self._remove(entry)
+            elif entry.pid is not None:
+                self.signal(entry, signal.SIGKILL)
+
+    def signal(self, entry: Unit, number: int) -> None:
+        """Signal the worker of *entry* and its group, if it lives."""
+        if entry.link:
+            entry.link.send("kill", entry.pid, number)
+        elif entry.pid is not None:
+            with contextlib.suppress(OSError):
+                if is_locked(self._path(entry)):
+                    kill_worker(entry.pid, number)
+
+    def _end(self, entry: Unit) -> None:
+        """The worker has ended: report the outcome once central knows the pid."""
+        entry.state = "ended"
+        self.active.pop(entry, None)
+        self.changed.notify_all()
+        if entry.withdrawn:
+            self._remove(entry)
+        elif entry.replied:
+            self._settle(entry)
+        limit = self.node.config.max_workers
+        if not limit or len(self.active) < limit:
+            self.node.overload.end("max_workers")
+
+    def _settle(self, entry: Unit) -> None:
+        """Hand *entry* to the reporters: it ended, in whatever way."""
+        entry.settled = True
+        self.node.reporter.put(entry)
+
+    def deliver(self, entry: Unit) -> None:
+        """Report *entry* and forget it.  Raises CentralError: to be tried again."""
+        status, seconds, output, kind = self._outcome(entry)
+        if entry.withdrawn:
+            return
+        if not entry.told:
+            entry.told = True
+            self.tally(kind)
+            self._log_outcome(entry, kind, seconds, output)
+        try:
+            self.node.central.report(entry, status, seconds, output)
+            self.tally("reported")
+        except CentralError as error:
+            if error.status != 404:
+                raise
+            log.warning("%s: central does not know it (any more); discarded", entry)
+        with self.changed:
+            self._remove(entry)
+
+    def _outcome(self, entry: Unit) -> tuple[str, str, str, str]:
+        """status, seconds and output to report; and under what it counts."""
+        try:
+            record = parse_record(read_file(self._path(entry)))
+        except (OSError, OddRecord) as error:
+            record = Record()
+            log.warning("%s: its record can't be read: %s", entry, error)
+        if record.outcome:
+            return (*record.outcome, record.outcome[0])
+        limit = self.node.config.limit(entry.action, "time_limit")
+        kind = "timed_out" if entry.timed_out else "died"
+        if entry.timed_out:
+            message = (
+                f"time_limit of {limit:g} s exceeded"
+                if limit
+                else "time_limit exceeded"
+            )
+        elif entry.wait_status is None:
+            message = "the worker died while nobody watched it"
+        else:
+            message = f"the worker died: {describe_end(entry.wait_status)}"
+        with contextlib.suppress(OSError):
+            printed = read_file(self._path(entry) + ".out", MESSAGE_TAIL)
+            last = printed.decode("utf-8", "replace").strip()
+            message += f"; its last words: {last}" if last else ""
+        output = encoded_failure(message).decode()
+        return "failed", f"{entry.seconds():.6f}", output, kind
+
+    def _log_outcome(self, entry: Unit, kind: str, seconds: str, output: str) -> None:
+        with contextlib.suppress(OSError):
+            printed = read_file(self._path(entry) + ".out", OUTPUT_TAIL)
+            log_output(f"worker[{entry.pid}]", printed)
+        why = "" if kind == "succeeded" else f": {json.loads(output)['output']}"
+        verb = kind.replace("_", " ")
+        log.info("%s, worker %s, %s after %.3f s%s", entry, entry.pid, verb,
+                 float(seconds), why[:MESSAGE_TAIL])  # fmt: skip
+
+    def _remove(self, entry: Unit) -> None:
+        """Forget *entry*: its work directory, what it printed, its record."""
+        name = str(entry.id)
+        if self.by_name.get(name) is not entry:
+            return  # superseded, and the files of that name are another's
+        path = self._path(entry)
+        try:
+            if ACTION_NAME.fullmatch(entry.action):
+                remove_tree(self.node.config.work_directory(entry.action, name))
+            remove_file(path + ".out")
+            remove_file(path)
+        except OSError as error:
+            log.warning("%s: can't remove all of it: %s", entry, error)
+        self._drop(entry)
+
+    def _path(self, entry: Unit) -> str:
+        return os.path.join(self.node.config.units_path, str(entry.id))
+
+    # What the directory says.
+
+    def look(self) -> None:
+        """Adopt records that memory does not know; see after workers that no fork
+        server of ours watches; cut back what workers print."""
+        for name in os.listdir(self.node.config.units_path):
+            if UNIT_ID.fullmatch(name) and name not in self.by_name:
+                self.adopt(name)
+        for entry in self.running():
+            self._cut_back(self._path(entry) + ".out")
+        with self.changed:
+            for entry in [unit for unit in self.active if unit.link is None]:
+                self._look_after(entry)
+
+    def adopt(self, name: str) -> None:
+        """Take over the record *name*, which an earlier node or fork server left."""
+        path = os.path.join(self.node.config.units_path, name)
+        with self.changed:
+            if name in self.by_name:
+                return
+            try:
+                locked = is_locked(path)
+                record = parse_record(read_file(path))
+            except FileNotFoundError:
+                return
+            except (OSError, OddRecord) as error:
+                self._move_aside(path, error)
+                return
+            if record.pid is None and not locked:
+                remove_file(path)  # nobody was ever told that it was accepted
+            if record.unit is None or (record.pid is None and not locked):
+                return
+            entry = self._from_record(record)
+            self._add(name, entry)
+            how = "still running" if locked else "settled"
+            log.info("%s of an earlier process is %s", entry, how)
+            self._look_after(entry)
+
+    def _from_record(self, record: Record) -> Unit:
+        head = record.unit or {}
+        entry = Unit(
+            *(head[key] for key in ("id", "job_id", "action", "stage", "digest"))
+        )
+        entry.pid, entry.state = record.pid, "running"
+        entry.started -= max(0.0, time.time() - head["started"])
+        entry.replied = True  # as far as anybody can know
+        entry.withdrawn = record.withdrawn or record.pid is None
+        entry.answered.set()
+        return entry
+
+    def _look_after(self, entry: Unit) -> None:
+        """Settle an orphan that has ended; keep its time while it has not."""
+        path = self._path(entry)
+        try:
+            locked = is_locked(path)
+            record = parse_record(read_file(path))
+        except FileNotFoundError:
+            self._drop(entry)
+            return
+        except (OSError, OddRecord) as error:
+            log.warning("%s: its record can't be read: %s", entry, error)
+            return
+        entry.pid = record.pid
+        if not locked or record.outcome:
+            self._end_group(path, record.pid)
+            self._end(entry)
+            return
+        limit = self.node.config.limit(entry.action, "time_limit")
+        if limit and entry.seconds() > limit:
+            entry.timed_out = True
+        if (entry.withdrawn or entry.timed_out) and entry.pid is not None:
+            kill_worker(entry.pid, signal.SIGKILL)
+
+    def _end_group(self, path: str, pid: int | None) -> None:
+        """End what a dead worker has left running.
+
+        Its group outlives it under its pid; but after a restart of the machine, or
+        where a process with that pid lives, the number is somebody else's."""
+        booted = time.time() - time.monotonic()
+        with contextlib.suppress(OSError):
+            if pid is not None and os.stat(path).st_mtime > booted:
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:
+                    kill_group(pid, signal.SIGKILL)
+
+    def _move_aside(self, path: str, error: Exception) -> None:
+        log.error("the record %s can't be used: %s; moved to %s.odd", path, error, path)
+        with contextlib.suppress(OSError):
+            os.replace(path, path + ".odd")
+
+    def _cut_back(self, path: str) -> None:
+        """Keep what a worker prints from filling the disk: its tail is enough."""
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_size > OUTPUT_LIMIT:
+                tail = read_file(path, OUTPUT_TAIL)
+                os.truncate(path, 0)  # its writers append
+                append_to_record(path, tail)
+
+    # The end.
+
+    def end_all(self) -> None:
+        """End every worker: TERM, and soon KILL.  Central has released their units."""
+        with self.changed:
+            for entry in list(self.by_name.values()):
+                entry.withdrawn = entry.withdrawn or entry.state != "ended"
+        for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
+            for entry in self.running():
+                log.info(
+                    "%s, worker %s: ended by %s", entry, entry.pid, signal_name(number)
+                )
+                append_to_record(self._path(entry), WITHDRAWN)
+                self.signal(entry, number)
+            deadline = time.monotonic() + patience
+            while self.running() and time.monotonic() < deadline:
+                with self.changed:
+                    self.changed.wait(0.05)
+                    for entry in self.running():
+                        if entry.link is None:
+                            self._look_after(entry)
+
+
+# ---------------------------------------------------------------------------
+# Node, part three: the routes.  Knows HTTP; what a route is about it asks the node.
+# ---------------------------------------------------------------------------
+
+HTTP_PHRASES = {
+    200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    404: "Not Found", 408: "Request Timeout", 411: "Length Required",
+    413: "Payload Too Large", 414: "URI Too Long", 500: "Internal Server Error",
+    503: "Service Unavailable",
+}  # fmt: skip
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "LINK", "UNLINK")
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads from a socket until a deadline, however little each time."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self.connection = connection
+        self.deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """See io.RawIOBase.  Raises socket.timeout after the deadline."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
+
+
+class NodeServer(ServerBase):
+    """Listens for central; one thread for each connection, one request on each.
+
+    At MAX_CONNECTIONS unfinished requests the one that has kept us waiting longest is
+    closed, so that central still gets in."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512
+    allow_reuse_address = True
+
+    node: Node
+    patience: float = REQUEST_DEADLINE
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of our name, which can take minutes."""
+        self.unread: dict[Any, None] = {}  # connections, in order of arrival
+        self.unread_lock = threading.Lock()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = "", self.server_address[1]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept; without a descriptor to be had, make one free."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._close_oldest()
+                time.sleep(0.05)  # accept fails again until a thread has let go
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """See socketserver.ThreadingMixIn."""
+        with self.unread_lock:
+            self.unread[request] = None
+            full = len(self.unread) > MAX_CONNECTIONS
+        if full:
+            self._close_oldest()
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had
+            self.node.overload.begin("start", "can't start a thread")
+            self.patience = 1
+            self.process_request_thread(request, client_address)
+            self.patience = REQUEST_DEADLINE
+
+    def request_is_read(self, request: Any) -> None:
+        """The sender has kept nobody waiting."""
+        with self.unread_lock:
+            self.unread.pop(request, None)
+
+    def shutdown_request(self, request: Any) -> None:
+        """See socketserver.BaseServer."""
+        self.request_is_read(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """See socketserver.BaseServer: no fault of one request ends the server."""
+        log.exception("a request of %s failed", client_address)
+
+    def _close_oldest(self) -> None:
+        with self.unread_lock, contextlib.suppress(StopIteration, OSError):
+            oldest = next(iter(self.unread))
+            self.unread.pop(oldest)
+            oldest.shutdown(socket.SHUT_RDWR)
+
+
+class Handler(HandlerBase):
+    """Answers one request.  Answers are those of ../wire's node captures, except that
+    a bad request gets a status and a sentence where CloudCrowd's node said 500."""
+
+    protocol_version = "HTTP/1.1"
+    server: NodeServer
+
+    def setup(self) -> None:
+        """See socketserver.StreamRequestHandler."""
+        self.connection = self.request
+        self.command = ""
+        self.is_read = False
+        reader = DeadlineReader(self.connection, self.server.patience)
+        self.rfile = io.BufferedReader(reader, READ_SIZE)
+
+    def finish(self) -> None:
+        """See socketserver.StreamRequestHandler."""
+        self.rfile.close()
+
+    def handle(self) -> None:
+        """Answer, and see to it that the sender gets to read the answer."""
+        try:
+            try:
+                self._answer()
+            except socket.timeout:
+                self.reply(408, "The request was too slow.")
+            except BadRequest as error:
+                self.reply(error.status, str(error))
+            except Exception:
+                log.exception("%s %s failed", self.command, self.path[:200])
+                self.reply(500, "This is our fault, and in our log.")
+            if not self.is_read:
+                self._linger()
+        except OSError as error:
+            log.debug("%s has gone: %s", self.client_address[0], error)
+
+    def reply(
+        self,
+        status: int,
+        body: str,
+        kind: str = "text/plain;charset=utf-8",
+        header: str = "",
+    ) -> None:
+        """Send the whole answer at once.  Raises OSError where the peer has gone."""
+        data = body.encode("utf-8", "replace")
+        head = (
+            f"HTTP/1.1 {status} {HTTP_PHRASES.get(status, 'Refused')}\r\n"
+            f"{header}Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
+            "Connection: close\r\nServer: crowdnode\r\n\r\n"
+        ).encode("latin-1")
+        self.connection.settimeout(REQUEST_DEADLINE)
+        self.connection.sendall(head if self.command == "HEAD" else head + data)
+
+    # What BaseHTTPRequestHandler calls.
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """parse_request found the request's head to be bad."""
+        self.reply(
+            code if code in HTTP_PHRASES else 400, f"{message or 'Bad Request'}."
+        )
+
+    def handle_expect_100(self) -> bool:
+        """The sender waits to be told that its body is welcome."""
+        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """No access log."""
+
+    # Reading.
+
+    def _answer(self) -> None:
+        self.path = ""
+        self.close_connection = True
+        self.raw_requestline = self.rfile.readline(65537)
+        if not self.raw_requestline:
+            self.is_read = True  # connected and closed: a port scanner's heartbeat
+            return
+        if len(self.raw_requestline) > 65536:
+            raise BadRequest("The request's first line is too long.", 414)
+        if not self.parse_request():
+            return
+        self._require_allowed()
+        if not self._is_logged_in():
+            header = f'WWW-Authenticate: Basic realm="{REALM}"\r\n'
+            self.reply(401, "Authorization Required", header=header)
+            return
+        self._route()
+
+    def _require_allowed(self) -> None:
+        """Raise BadRequest (403) where ``allow`` leaves the client out."""
+        allow = self.server.node.config.allow
+        if not allow:
+            return
+        client = ipaddress.ip_address(self.client_address[0].partition("%")[0])
+        client = getattr(client, "ipv4_mapped", None) or client
+        if not any(client in ipaddress.ip_network(network) for network in allow):
+            raise BadRequest(f"{client} is not in this node's allow.", 403)
+
+    def _is_logged_in(self) -> bool:
+        """Are the credentials right?  As Rack's Basic authentication has it, a scheme
+        other than Basic and what does not decode is a bad request."""
+        config = self.server.node.config
+        if not config.http_authentication:
+            return True
+        given = self.headers.get("Authorization")
+        if given is None:
+            return False
+        scheme, _, credentials = given.partition(" ")
+        try:
+            pair = base64.b64decode(credentials.strip(), validate=True)
+        except ValueError:
+            pair = b""
+        if scheme.lower() != "basic" or not pair:
+            raise BadRequest("Bad Request")
+        return hmac.compare_digest(pair, f"{config.login}:{config.password}".encode())
+
+    def _route(self) -> None:
+        try:
+            path, _, query = self.path.partition("?")
+            if "://" in path:
+                path = str(urllib.parse.urlsplit(path).path)
+            fields = form_fields(query)
+            fields.update(self._read_form())
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise BadRequest(f"The form is not UTF-8: {error}.") from None
+        except ValueError as error:
+            raise BadRequest(f"The form can't be read: {error}.") from None
+        method = "GET" if self.command == "HEAD" else self.command
+        if method == "POST":  # Rack's method override; protocol.md, "The unit"
+            override = self.headers.get("X-HTTP-Method-Override", "")
+            override = fields.get("_method", override).upper()
+            method = override if override in METHODS else method
+        if (method, path) == ("GET", "/heartbeat"):
+            self.reply(200, "buh-bump")
+        elif (method, path) == ("GET", "/status"):
+            status = json.dumps(self.server.node.status())
+            self.reply(200, status, "application/json")
+        elif (method, path) == ("POST", "/work"):
+            self._work(fields)
+        else:
+            raise BadRequest("Not Found", 404)
+
+    def _read_form(self) -> dict[str, str]:
+        """Read the body before anything is answered: central would lose an answer
+        that is sent over unread bytes, and would drop this node for it."""
+        lengths = set(self.headers.get_all("Content-Length", []))
+        if self.headers.get("Transfer-Encoding") or not lengths:
+            if self.command == "POST" and self.path.partition("?")[0] == "/work":
+                raise BadRequest("A Content-Length is needed.", 411)
+            self.is_read = not self.headers.get("Transfer-Encoding")
+            self.server.request_is_read(self.request)
+            return {}
+        length = lengths.pop()
+        if lengths or not re.fullmatch(r"[0-9]{1,18}", length):
+            raise BadRequest("The Content-Length is no single number.")
+        limit = self.server.node.config.max_request_size
+        if int(length) > limit * MEGABYTE:
+            raise BadRequest(
+                f"The request is over max_request_size, {limit:g} MB.", 413
+            )
+        body = self.rfile.read(int(length))
+        self.is_read = True
+        self.server.request_is_read(self.request)
+        if len(body) < int(length):
+            raise BadRequest(f"The body ended after {len(body)} of {length} bytes.")
+        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if self.command != "POST" or kind not in (
+            "",
+            "application/x-www-form-urlencoded",
+        ):
+            return {}
+        return form_fields(body.decode())
+
+    def _linger(self) -> None:
+        """Read on for a while after an answer to what was not read: closed with
+        unread bytes, the connection would be reset and the answer lost."""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + REQUEST_DEADLINE
+        self.connection.settimeout(LINGER)
+        while time.monotonic() < deadline and self.connection.recv(READ_SIZE):
+            pass
+
+    # POST /work
+
+    def _work(self, fields: dict[str, str]) -> None:
+        if "work_unit" not in fields:
+            raise BadRequest("There is no field work_unit in the form.")
+        unit = parse_unit(fields["work_unit"])
+        units = self.server.node.units
+        try:
+            entry = units.take(unit)
+        except RecursionError:
+            raise BadRequest("work_unit is nested too deeply") from None
+        except NodeOverloaded as error:
+            units.tally("refused")
+            self.server.node.refused(str(error))
+            self.reply(503, OVERLOADED_MESSAGE)
+            return
+        written = False
+        try:
+            self.reply(200, f'{{"pid":{entry.pid}}}', "application/json")
+            written = True
+        finally:
+            units.replied(entry, written)
+
+
+def form_fields(form: str) -> dict[str, str]:
+    """The fields of a form or a query; the last of a name counts, as in Rack.
+
+    Raises ValueError, UnicodeDecodeError among them."""
+    pairs = urllib.parse.parse_qsl(
+        form, keep_blank_values=True, errors="strict", max_num_fields=1000
+    )
+    return dict(pairs)
+
+
+def listen(node: Node) -> NodeServer:
+    """Bind the node's port and listen.  Raises CrowdError."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    handler = type("NodeHandler", (Handler, BaseHTTPRequestHandler), {})
+    server = type("NodeHTTPServer", (NodeServer, ThreadingHTTPServer), {})
+    bind, port = node.config.bind, node.config.port
+    if ":" in bind:
+        server.address_family = socket.AF_INET6  # type: ignore[attr-defined]
+    try:
+        listener: NodeServer = server((bind, port), handler)
+    except OSError as error:
+        hint = "; another program has it: choose another with --port"
+        hint = hint if error.errno == errno.EADDRINUSE else ""
+        raise CrowdError(
+            f"can't listen on {bind} port {port}: {error.strerror}{hint}"
+        ) from None
+    listener.node = node
+    return listener
+
+
+# ---------------------------------------------------------------------------
+# Node, part four: its life.  Start, check-in, monitoring, reload, stop.
+# ---------------------------------------------------------------------------
+
+
+class Node:
+    """Registers with central, takes work units, and reports what came of them.
+
+    load: reads the configuration anew, for SIGHUP; unclean: the last node here did
+    not check out.  run() is the whole of its life."""
+
+    def __init__(
+        self, config: Config, load: Callable[[], Config], unclean: bool = False
+    ) -> None:
+        self.config = config
+        self.load = load
+        self.unclean = unclean
+        self.clean = False  # checked out: the next node need not
+        self.started = time.monotonic()
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.stopping = False
+        self.overload = Overload(self.check_in_soon)
+        self.units = Units(self)
+        self.reporter = Reporter(self.units.deliver)
+        self.check_in_loop = Repeater(self.check_in_periodically, CHECK_IN_INTERVAL)
+        self.monitor_loop = Repeater(self.monitor_system, MONITOR_INTERVAL)
+        self.check_in_backoff = Backoff()
+        self.load_average_now: float | None = None
+        self.free_memory_now: float | None = None
+        self.unknown: set[str] = set()  # what was said to be unknown
+        self.restarts = 0
+
+    # Start.
+
+    def run(self, started: Callable[[], None]) -> None:
+        """Start, call *started*, work until a signal comes, and stop.
+
+        Raises CrowdError where it can't start."""
+        self.trap_signals()
+        self.overload.begin("starting", "the node is starting")
+        self.server = listen(self)
+        self.port = int(self.server.server_address[1])
+        write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
+        self.central = Central(self.config, self.port)
+        self.program = compiled(self.config)
+        self.link = self.start_fork_server(self.config)
+        try:
+            serve = threading.Thread(target=self.server.serve_forever, daemon=True)
+            serve.start()
+            self.recover()
+            self.overloaded()
+            self.overload.end("starting")
+            self.check_in(critical=True)
+        except BaseException:
+            self.stopping = True
+            self.link.finish()
+            raise
+        self.check_in_loop.start()
+        self.monitor_loop.start()
+        threading.Thread(target=self.warn_about_host, daemon=True).start()
+        log.info(
+            "crowdnode %s, %s port %d, has checked in with %s; actions: %s",
+            __version__, self.config.host, self.port, self.config.central_server,
+            ", ".join(self.enabled_actions),
+        )  # fmt: skip
+        started()
+        while self.signals.get() == signal.SIGHUP:
+            self.reload()
+        self.shut_down()
+
+    def trap_signals(self) -> None:
+        """Handlers only enqueue."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self.signals.put(number))
+
+    def start_fork_server(self, config: Config) -> ForkServerLink:
+        """Start one and wait until it has loaded the actions.  Raises CrowdError."""
+        link = ForkServerLink(self.program, config, self.receive)
+        in_time = link.ready.wait(LOAD_DEADLINE)
+        with contextlib.suppress(OSError):
+            log_output("fork server", read_file(link.output, OUTPUT_TAIL))
+            os.truncate(link.output, 0)
+        for level, sentence in link.problems:
+            log.log(getattr(logging, level.upper()), "%s", sentence)
+        if link.actions:
+            return link
+        link.kill()
+        if not in_time:
+            raise CrowdError(f"the actions did not load within {LOAD_DEADLINE} s")
+        reasons = "".join(f"\n{sentence}" for _, sentence in link.problems)
+        raise CrowdError(
+            f"there is no action in {self.config.actions_path}, and none built in "
+            f"is enabled: nothing to do{reasons}"
+        )
+
+    @property
+    def enabled_actions(self) -> list[str]:
+        """The names of the actions that this node does."""
+        return sorted(self.link.actions)
+
+    def recover(self) -> None:
+        """Settle what an earlier node has left; have central let go of the rest.
+
+        Central never expires the units of a node that just checks in again, so after
+        an unclean end this node checks out first, unless workers still live."""
+        self.units.look()
+        deadline = time.monotonic() + RECOVERY_DEADLINE
+        while self.units.unreported() and not self.reporter.central_is_away:
+            with self.units.changed:
+                self.units.changed.wait(0.1)
+            if time.monotonic() > deadline:
+                break
+        if self.unclean and not self.units.by_name:
+            log.info("the last node here did not check out; doing so")
+            with contextlib.suppress(CentralError):
+                self.central.check_out()
+
+    def warn_about_host(self) -> None:
+        """One host name that central can't resolve stops the whole crowd."""
+        for level, sentence in host_problems(self.config):
+            log.log(getattr(logging, level.upper()), "%s", sentence)
+
+    # Central.
+
+    def check_in(self, critical: bool = False) -> bool:
+        """Tell central that this node is here.  critical: it is the first time, and
+        raises CrowdError, for without central there is nothing to do."""
+        try:
+            self.central.check_in(bool(self.overload), self.enabled_actions)
+        except CentralError as error:
+            sentence = (
+                "Failed to connect to the central server "
+                f"({self.config.central_server}). {error}"
+            )
+            if critical:
+                raise CrowdError(sentence) from None
+            log.warning("%s", sentence)
+            return False
+        self.check_in_backoff = Backoff()
+        return True
+
+    def check_in_periodically(self) -> float:
+        """One step of the loop: check in; soon again if that failed, for ever."""
+        if self.check_in():
+            return CHECK_IN_INTERVAL
+        return self.check_in_backoff.failed()
+
+    def check_in_soon(self) -> None:
+        """Have the check-in loop do its next step now."""
+        self.check_in_loop.soon()
+
+    def check_out(self) -> bool:
+        """Have central give this node's units to others."""
+        try:
+            self.central.check_out()
+        except CentralError as error:
+            log.warning("can't check out: %s; the next start will do it", error)
+            return False
+        return True
+
+    # Work.
+
+    def receive(self, link: ForkServerLink, message: list[Any]) -> None:
+        """One message of a fork server, on its link's thread."""
+        kind, *rest = message
+        if kind == "started":
+            self.units.started(link, str(rest[0]), rest[1])
+        elif kind == "ended":
+            self.units.ended(link, str(rest[0]), rest[1], rest[2])
+        elif kind == "refused":
+            self.units.refused(link, str(rest[0]), rest[1])
+        elif kind == "exists":
+            self.units.refused(link, str(rest[0]), "exists")
+        elif kind == "tried" and rest[0] is None:
+            self.overload.end("start")
+        elif kind == "tried":
+            self.overload.begin("start", rest[0])
+        elif kind == "gone":
+            self.units.orphan(link)
+            if link is getattr(self, "link", None) and not self.stopping:
+                self.replace_fork_server(rest[0])
+
+    def replace_fork_server(self, how: str) -> None:
+        """The fork server has died: start another; workers do not notice."""
+        log.error("the fork server has gone (%s); starting another", how)
+        self.overload.begin("fork server", "the fork server is starting")
+        while not self.stopping:
+            self.restarts += 1
+            try:
+                self.link = self.start_fork_server(self.config)
+            except (CrowdError, OSError) as error:
+                wait = self.check_in_backoff.failed()
+                log.error("no fork server: %s; again in %.0f s", error, wait)
+                time.sleep(wait)
+            else:
+                self.overload.end("fork server")
+                return
+
+    def refused(self, reason: str) -> None:
+        """A unit was refused, so central takes this node for busy until it checks in:
+        there must be a reason that ends."""
+        if not self.overload:
+            self.overload.begin("unit", reason)
+
+    # Monitoring.
+
+    def monitor_system(self) -> None:
+        """One step of the loop: load, memory, workers, records, fork server."""
+        self.overload.end("unit")
+        self.overloaded()
+        self.probe_fork_server()
+        self.units.look()
+        self.overload.remind()
+
+    def overloaded(self) -> bool:
+        """Is a limit of the machine's load or memory passed?  Where a value is
+        unknown, the state stays what it was."""
+        config = self.config
+        self.load_average_now = self.load_average()
+        self.free_memory_now = self.free_memory()
+        load, free = self.load_average_now, self.free_memory_now
+        if config.max_load:
+            self._compare("max_load", load, load is not None and load > config.max_load)
+        else:
+            self.overload.end("max_load")
+        for key, now in (
+            ("min_free_memory", free),
+            ("min_available_memory", self.available_memory()),
+        ):
+            limit = getattr(config, key)
+            if limit:
+                self._compare(key, now, now is not None and now < limit)
+            else:
+                self.overload.end(key)
+        return bool(self.overload)
+
+    def _compare(self, key: str, now: float | None, passed: bool) -> None:
+        if now is None:
+            if key not in self.unknown:
+                self.unknown.add(key)
+                log.warning("%s: this machine does not tell; it does nothing", key)
+        elif passed:
+            limit = getattr(self.config, key)
+            what = "load average" if key == "max_load" else "MB of memory"
+            self.overload.begin(key, f"{now:.2f} {what}, {key} is {limit:g}")
+        else:
+            self.overload.end(key)
+
+    def load_average(self) -> float | None:
+        """The one-minute load average; None: unknown."""
+        return parse_load(command_output("uptime"))
+
+    def free_memory(self) -> float | None:
+        """Megabytes of free memory; None: unknown."""
+        if sys.platform == "darwin":
+            return parse_vm_stat(command_output("vm_stat"))
+        return linux_memory(SCRAPE_LINUX_MEMORY)
+
+    def available_memory(self) -> float | None:
+        """Megabytes that Linux could give to a new process; None: unknown."""
+        return linux_memory(SCRAPE_LINUX_AVAILABLE)
+
+    def probe_fork_server(self) -> None:
+        """While a start has failed: is it over?  One that is silent is replaced."""
+        link, now = self.link, time.monotonic()
+        if not self.overload.has("start"):
+            return
+        if link.probed is None:
+            link.probed = now
+            link.send("try")
+        elif now - link.probed > PROBE_DEADLINE:
+            log.error("the fork server has not answered for %d s", PROBE_DEADLINE)
+            link.kill()
+            self.overload.end("start")
+
+    def status(self) -> Json:
+        """What GET /status answers: seconds, MB, null where unknown."""
+        central = self.central
+        ago = central.checked_in
+        units = self.units.running()
+        return {
+            "version": __version__,
+            "host": self.config.host,
+            "port": self.port,
+            "pid": os.getpid(),
+            "uptime": round(time.monotonic() - self.started, 3),
+            "central": {
+                "url": self.config.central_server,
+                "dialect": central.dialect,
+                "checked_in_ago": ago and round(time.monotonic() - ago, 3),
+                "error": central.error,
+            },
+            "actions": self.enabled_actions,
+            "max_workers": self.config.max_workers,
+            "overloaded": bool(self.overload),
+            "reason": self.overload.reason,
+            "load_average": self.load_average_now,
+            "free_memory": self.free_memory_now and round(self.free_memory_now, 1),
+            "fork_server": {"pid": self.link.pid, "restarts": self.restarts},
+            "running": [
+                {
+                    "id": unit.id,
+                    "job_id": unit.job_id,
+                    "action": unit.action,
+                    "stage": unit.stage,
+                    "pid": unit.pid,
+                    "seconds": round(unit.seconds(), 3),
+                }
+                for unit in units
+            ],
+            "unreported": self.units.unreported(),
+            "counts": dict(self.units.counts),
+        }
+
+    # Reload and stop.
+
+    def reload(self) -> None:
+        """Take over configuration and actions; nothing that runs notices."""
+        for handler in log.handlers:
+            handler.close()  # it opens its file again with the next line
+        try:
+            config = self.load()
+            for key in ("state_path", "host", "port", "bind"):
+                if getattr(config, key) != getattr(self.config, key):
+                    log.warning("%s has changed: that takes a restart", key)
+                    setattr(config, key, getattr(self.config, key))
+            link = self.start_fork_server(config)
+        except (CrowdError, OSError) as error:
+            log.error("not reloaded, all stays as it was: %s", error)
+            return
+        old, dialect = self.link, self.central.dialect
+        self.config, self.link = config, link
+        self.central = Central(config, self.port)
+        if config.dialect == "auto":
+            self.central.dialect = dialect
+        old.finish()
+        log.setLevel(config.log_level.upper())
+        log.info("reloaded; actions: %s", ", ".join(self.enabled_actions))
+        self.check_in_soon()
+
+    def shut_down(self) -> None:
+        """Refuse new work, wait drain_time for what runs, check out, end the rest."""
+        log.info("stopping; %d units are running", len(self.units.active))
+        self.stopping = True
+        self.overload.begin("stopping", "the node is stopping")
+        self.monitor_loop.stop()
+        self.check_in_loop.stop()
+        deadline = time.monotonic() + self.config.drain_time
+        while self.units.by_name and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self.signals.get(timeout=0.05)
+                break  # a second signal
+        self.clean = self.check_out()
+        self.units.end_all()
+        self.link.finish()
+        self.link.wait(KILL_GRACE)
+        log.info("stopped")
+
+
+def host_problems(config: Config) -> list[tuple[str, str]]:
+    """What is wrong with the name that this node tells central to dial."""
+    local = urllib.parse.urlsplit(config.central_server).hostname or ""
+    try:
+        found = socket.getaddrinfo(config.host.strip("[]"), None)
+        central = {info[4][0] for info in socket.getaddrinfo(local, None)}
+    except OSError as error:
+        sentence = (
+            f"host = {config.host}, or central's, does not resolve here ({error}); "
+            "where central can't resolve it either, no node gets work: set host, or "
+            "add it to DNS or /etc/hosts"
+        )
+        return [("warning", sentence)]
+    addresses = {str(info[4][0]).partition("%")[0] for info in found}
+    if is_loopback(addresses) and not is_loopback({str(item) for item in central}):
+        sentence = (
+            f"host = {config.host} is this machine alone ({', '.join(addresses)}), but "
+            f"central is elsewhere ({local}): set host to a name that central can dial"
+        )
+        return [("warning", sentence)]
+    return []
+
+
+def is_loopback(addresses: set[str]) -> bool:
+    """Are all of *addresses* this machine's own?"""
+    return all(
+        ipaddress.ip_address(item.partition("%")[0]).is_loopback for item in addresses
+    )
+
+
+# ---------------------------------------------------------------------------
+# Local central: what --run puts in front of one real node.  Same check-in, dispatch,
+# report, stages and retries as CloudCrowd's, for one job.
+# ---------------------------------------------------------------------------
+
+
+class Task:
+    """A work unit, as central sees it.  place: where its output belongs."""
+
+    def __init__(
+        self, id: int, place: tuple[int, ...], status: int, input: str
+    ) -> None:
+        self.id = id
+        self.place = place
+        self.status = status
+        self.input = input
+        self.attempts = 0
+        self.output: Any = None
+        self.reason: str | None = None  # why it failed for good
+
+
+class LocalCentral:
+    """Central for one job and one node.
+
+    job: action, options, stages, retries.  failed is called with each task that
+    failed for good."""
+
+    def __init__(
+        self, config: Config, action: str, stages: list[str], options: Json
+    ) -> None:
+        self.config = config  # of the node: it has the same credentials
+        self.action = action
+        self.stages = stages
+        self.options = options
+        self.job_id = int(time.time() * 1000)  # names what the job's units save
+        self.changed = threading.Condition()
+        self.finished = threading.Event()
+        self.pending: deque[Task] = deque()
+        self.sent: dict[int, Task] = {}  # by id
+        self.done: list[Task] = []
+        self.failures: list[Task] = []
+        self.merged: Task | None = None
+        self.total = 0
+        self.node: str | None = None  # HOST:PORT
+        self.busy = False
+        self.room = 0
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def start(self) -> int:
+        """Listen on a free loopback port and begin to dispatch; returns the port."""
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        handler = type("Handler", (CentralHandler, BaseHTTPRequestHandler), {})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        server.central = self  # type: ignore[attr-defined]
+        for target in (server.serve_forever, self._dispatch):
+            threading.Thread(target=target, daemon=True).start()
+        return int(server.server_address[1])
+
+    def add_inputs(self, inputs: list[str]) -> None:
+        """Begin the job."""
+        with self.changed:
+            status = SPLITTING if "split" in self.stages else PROCESSING
+            for number, input in enumerate(inputs):
+                self._add((number,), status, input)
+            self._advance()
+
+    def outputs(self) -> list[Any]:
+        """What the job put out, in the order of its inputs."""
+        if self.merged:
+            return [self.merged.output] if self.merged.reason is None else []
+        tasks = sorted(self.done + self.failures, key=lambda task: task.place)
+        if "merge" in self.stages:
+            return []  # it did not get so far
+        return [task.output for task in tasks]
+
+    def request(self, method: str, path: str, fields: dict[str, str]) -> int:
+        """Answer one of the node's calls: the status."""
+        kind, _, name = path.strip("/").partition("/")
+        if kind == "node" and method == "PUT":
+            return self._check_in(name, fields)
+        if kind == "node" and method == "DELETE":
+            with self.changed:
+                self._release()
+            return 204
+        if kind == "work" and method == "PUT" and name.isdigit():
+            return self._report(int(name), fields)
+        return 404
+
+    def _check_in(self, name: str, fields: dict[str, str]) -> int:
+        if "port" in fields or ":" not in name or not fields.get("enabled_actions"):
+            return 500  # the other dialect
+        with self.changed:
+            self.node = name
+            self.busy = fields.get("busy") == "true"
+            self.room = int(fields.get("max_workers") or 0)
+            self.changed.notify_all()
+        return 204
+
+    def _release(self) -> None:
+        """The node has gone: its units are for whoever checks in next."""
+        self.node = None
+        self.pending.extendleft(self.sent.values())
+        self.sent.clear()
+
+    def _report(self, id: int, fields: dict[str, str]) -> int:
+        with self.changed:
+            task = self.sent.pop(id, None)
+            if task is None:
+                return 404
+            output = json.loads(fields["output"])["output"]
+            if fields["status"] == "succeeded":
+                self._succeed(task, output)
+            else:
+                self._fail(task, str(output))
+            self._advance()
+            self.changed.notify_all()
+        return 204
+
+    def _succeed(self, task: Task, output: Any) -> None:
+        task.output = output
+        if task.status == SPLITTING:
+            for number, input in enumerate(flattened(output)):
+                input = input if isinstance(input, str) else to_json(input)
+                self._add((*task.place, number), PROCESSING, input)
+        elif task.status == PROCESSING:
+            self.done.append(task)
+
+    def _fail(self, task: Task, reason: str) -> None:
+        task.attempts += 1
+        if task.attempts < self.config.work_unit_retries:
+            self.pending.append(task)
+        else:
+            task.reason = reason
+            self.failures.append(task)
+
+    def _add(self, place: tuple[int, ...], status: int, input: str) -> Task:
+        self.total += 1
+        task = Task(self.total, place, status, input)
+        self.pending.append(task)
+        return task
+
+    def _advance(self) -> None:
+        """When a stage is over, go to the next, or finish."""
+        if self.pending or self.sent:
+            return
+        if "merge" in self.stages and not self.failures and self.merged is None:
+            ordered = sorted(self.done, key=lambda task: task.place)
+            outputs = to_json([task.output for task in ordered])
+            self.merged = self._add((0,), MERGING, outputs)
+        else:
+            self.finished.set()
+
+    def _dispatch(self) -> None:
+        while not self.finished.is_set():
+            with self.changed:
+                ready = self.node and not self.busy and self.pending
+                if not ready or (self.room and len(self.sent) >= self.room):
+                    self.busy = self.busy and bool(self.changed.wait(1))
+                    continue
+                task, node = self.pending.popleft(), self.node
+                self.sent[task.id] = task
+            status = self._post(node, task)
+            if status == 200:
+                continue
+            with self.changed:
+                if self.sent.pop(task.id, None):
+                    self.pending.appendleft(task)
+                self.busy = status == 503
+                if status != 503:
+                    self._release()  # until it checks in again
+
+    def _post(self, node: str | None, task: Task) -> int:
+        unit = {
+            "id": task.id,
+            "job_id": self.job_id,
+            "input": task.input,
+            "attempts": task.attempts,
+            "action": self.action,
+            "options": self.options,
+            "status": task.status,
+        }
+        data = urllib.parse.urlencode({"work_unit": to_json(unit)}).encode()
+        headers = {"Authorization": basic_credentials(self.config)}
+        request = urllib.request.Request(f"http://{node}/work", data, headers)
+        try:
+            with self._opener.open(request, timeout=30) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+        except (OSError, ValueError):
+            return 0
+
+
+def flattened(value: Any) -> list[Any]:
+    """A split's output as CloudCrowd takes it: nested lists are one list."""
+    if not isinstance(value, list):
+        return [value]
+    return [item for element in value for item in flattened(element)]
+
+
+class CentralHandler(HandlerBase):
+    """Hands the node's calls to the LocalCentral."""
+
+    def do_PUT(self) -> None:
+        """Check-in or report."""
+        central: LocalCentral = self.server.central  # type: ignore[attr-defined]
+        if self.headers.get("Authorization") != basic_credentials(central.config):
+            self.send_error(401)
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fields = form_fields(body.decode())
+        self.send_response(central.request(self.command, self.path, fields))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_DELETE = do_PUT
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """No access log."""
+
+
+class LocalRun:
+    """One job on this machine: a LocalCentral, a real node, its workers."""
+
+    def __init__(self, config: Config, action: str, options: Json, quiet: bool) -> None:
+        loader = ActionLoader(config)
+        actions = loader.load()
+        if action not in actions:
+            problems = "".join(f"\n{sentence}" for _, sentence in loader.problems)
+            remedy = nearest(action, sorted(actions)) if actions else "there is none"
+            raise UsageError(f"--run {action}: no such action: {remedy}{problems}")
+        self.quiet = quiet
+        self.action = action
+        self.directory = tempfile.mkdtemp(prefix="crowdnode-")
+        self.config = self._node_config(config)
+        stages = stages_of(actions[action])
+        self.central = LocalCentral(self.config, action, stages, options)
+        self.node: subprocess.Popen[bytes] | None = None
+        self.told = 0  # failures that were printed
+
+    def run(self, inputs: list[str]) -> int:
+        """Do the job; print its outputs.  Returns the exit status."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            self.config.central_server = f"http://127.0.0.1:{self.central.start()}"
+            write_config(self.config, self._path("crowdnode.conf"))
+            self.central.add_inputs(inputs)
+            self._wait(inputs)
+        except KeyboardInterrupt:
+            self._say("interrupted")
+            return EXIT_INTERRUPTED
+        finally:
+            self._clean_up()
+        print(json.dumps(self.central.outputs(), ensure_ascii=False))
+        return EXIT_FAILED if self.central.failures else EXIT_OK
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    def _node_config(self, config: Config) -> Config:
+        """The user's configuration, on loopback, in a directory of its own, and with
+        a password, so that nobody else on this machine can hand it work."""
+        return Config(
+            {
+                **vars(config),
+                "host": "127.0.0.1",
+                "bind": "127.0.0.1",
+                "port": 0,
+                "dialect": "0.5",
+                "tag": None,
+                "allow": [],
+                "http_authentication": True,
+                "login": "run",
+                "password": os.urandom(16).hex(),
+                "state_path": self.directory,
+                "temp_storage_path": self._path("work"),
+                "max_workers": config.max_workers or processors(),
+                "drain_time": 0.0,
+            }
+        )
+
+    def _start_node(self) -> None:
+        command = [sys.executable, os.path.abspath(__file__), ATTENDED_FLAG]
+        with open(self._path("log"), "ab") as output:
+            self.node = subprocess.Popen(
+                [*command, "--config", self._path("crowdnode.conf")],
+                stdin=subprocess.PIPE,  # its end of file tells the node to stop
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C comes to us, and we stop it
+            )
+
+    def _wait(self, inputs: list[str]) -> None:
+        starts = 0
+        while not self.central.finished.wait(0.05 if starts else 0):
+            self._show(inputs)
+            if self.node is None or self.node.poll() is not None:
+                if starts == 5:
+                    raise CrowdError(f"the node does not run:\n{self._log_tail()}")
+                self._start_node()
+                starts += 1
+        self._show(inputs, last=True)
+
+    def _show(self, inputs: list[str], last: bool = False) -> None:
+        central = self.central
+        while self.told < len(central.failures):
+            task = central.failures[self.told]
+            name = inputs[task.place[0]] if task is not central.merged else "merge"
+            self._say(f"{name}: {task.reason}", always=True)
+            self.told += 1
+        done = central.total - len(central.pending) - len(central.sent)
+        counts = f"{done} of {central.total} done, {len(central.failures)} failed"
+        if last:
+            if central.failures:
+                self._print_output()
+            self._say(counts)
+        elif sys.stderr.isatty() and not self.quiet:
+            bar = "#" * (30 * done // max(1, central.total))
+            sys.stderr.write(f"\r\033[K[{bar:<30}] {counts}")
+            sys.stderr.flush()
+
+    def _say(self, sentence: str, always: bool = False) -> None:
+        if always or not self.quiet:
+            clear = "\r\033[K" if sys.stderr.isatty() else ""
+            print(f"{clear}{sentence}", file=sys.stderr)
+
+    def _print_output(self) -> None:
+        """What the workers printed, tracebacks above all: who tries an action out
+        wants to see it."""
+        for line in self._log_tail().splitlines():
+            if " output: " in line:
+                self._say(line)
+
+    def _log_tail(self) -> str:
+        with contextlib.suppress(OSError):
+            return read_file(self._path("log"), OUTPUT_TAIL).decode("utf-8", "replace")
+        return ""
+
+    def _clean_up(self) -> None:
+        """Nothing is left: no process, no file."""
+        if self.node:
+            self.node.terminate()
+            try:
+                self.node.wait(TERM_GRACE)
+            except subprocess.TimeoutExpired:
+                self.node.kill()
+                self.node.wait()
+            if self.node.stdin:
+                self.node.stdin.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def write_config(config: Config, path: str) -> None:
+    """Write *config* so that load_config() reads the same from it."""
+
+    def written(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, list):
+            return " ".join(value)
+        return f"{value:f}" if isinstance(value, float) else str(value)
+
+    lines = ["[node]"]
+    lines += [f"{key} = {written(getattr(config, key))}" for key in NODE_KEYS]
+    for name, values in config.actions.items():
+        lines.append(f"[action {name}]")
+        lines += [f"{key} = {written(value)}" for key, value in values.items()]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def input_of(argument: str) -> str:
+    """What central is given for an INPUT that is a file or a URL."""
+    if URL.fullmatch(argument):
+        return argument
+    path = os.path.abspath(argument)
+    if os.path.isfile(path):
+        return file_url(path)
+    kind = "a directory" if os.path.isdir(path) else "no file and no URL"
+    raise UsageError(f"{argument}: is {kind}; for plain strings there is --strings")
+
+
+# ---------------------------------------------------------------------------
+# Daemon: the lock, the pid file, the log, the background.  Knows processes on this
+# machine; what a node does is the node's business.
+# ---------------------------------------------------------------------------
+
+
+class NodeLock:
+    """node.pid: locked as long as the node lives, whatever ends it; it holds its pid.
+
+    A file that is there and not locked says that the last node did not check out."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = config.state_file("node.pid")
+        self.unclean = False
+        self._descriptor = -1
+
+    def acquire(self, patience: float = 0.3) -> bool:
+        """Take the lock; False where a node has it.  Raises OSError.
+
+        With some patience, for holder() takes it too, for a moment."""
+        deadline = time.monotonic() + patience
+        make_private_directory(self.config.state_path)
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Who released it may have removed the file that we opened.
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+                    break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    return False
+                time.sleep(0.02)
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
+        self._descriptor = descriptor
+        self.unclean = os.fstat(descriptor).st_size > 0
+        self.write_pid()
+        return True
+
+    def write_pid(self) -> None:
+        """Say that this process is the node; --daemon forks in between."""
+        pid = b"%d\n" % os.getpid()
+        os.pwrite(self._descriptor, pid, 0)
+        os.ftruncate(self._descriptor, len(pid))
+
+    def release(self, clean: bool) -> None:
+        """Let another node run here; *clean*: it need not check out first."""
+        remove_file(self.config.state_file("node.port"))
+        if clean:
+            remove_file(self.path)
+        os.close(self._descriptor)
+
+    def holder(self) -> int | None:
+        """The pid of the node that has the lock; None where none has."""
+        try:
+            if is_locked(self.path):
+                return int(read_file(self.path) or 0) or None
+        except (FileNotFoundError, ValueError):
+            pass
+        return None
+
+
+def set_up_log(path: str | None, level: str) -> None:
+    """Log to the file at *path*, or to standard error.  Raises OSError."""
+    global log
+    handler: logging.Handler = logging.StreamHandler()
+    if path:
+        handler = logging.handlers.RotatingFileHandler(
+            path, maxBytes=LOG_SIZE, backupCount=LOGS_KEPT, encoding="utf-8"
+        )
+    handler.setFormatter(
+        logging.Formatter(
+            "%(asctime)s %(name)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"
+        )
+    )
+    for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logging.addLevelName(getattr(logging, name), name.lower())
+    logging.raiseExceptions = False  # a full disk is no reason to print tracebacks
+    log = logging.Logger(f"node[{os.getpid()}]", level.upper())
+    log.addHandler(handler)
+
+
+def prepare_directories(config: Config) -> None:
+    """Make what the node writes to.  Raises CrowdError, naming the key."""
+    for key, path in (
+        ("state_path", config.state_path),
+        ("state_path", config.units_path),
+        ("temp_storage_path", config.temp_storage_path),
+    ):
+        try:
+            make_private_directory(path)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "not writable")
+        except OSError as error:
+            raise CrowdError(f"{key}: can't use {path}: {error.strerror}") from None
+    try:
+        STORES[config.storage](config).check()
+    except OSError as error:
+        raise CrowdError(
+            f"storage = {config.storage}: {error.filename}: {error.strerror}"
+        ) from None
+
+
+def allow_descriptors() -> None:
+    """Raise the soft limit of open files, which macOS sets to 256."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MAX_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def run_node(
+    lock: NodeLock,
+    load: Callable[[], Config],
+    log_path: str | None,
+    started: Callable[[], None],
+    attended: bool = False,
+) -> int:
+    """Be the node, with *lock* held, until a signal stops it.  Raises CrowdError."""
+    import_node_modules()
+    os.umask(0o077)
+    config = lock.config
+    clean = not lock.unclean
+    try:
+        prepare_directories(config)
+        set_up_log(log_path, config.log_level)
+        lock.write_pid()
+        allow_descriptors()
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        node = Node(config, load, lock.unclean)
+        if attended:
+            stop = threading.Thread(
+                target=stop_at_end_of_input, args=[node], daemon=True
+            )
+            stop.start()
+        try:
+            node.run(started)
+        except CrowdError as error:
+            log.error("%s", error)
+            raise
+        clean = node.clean
+    except OSError as error:
+        raise CrowdError(f"can't start: {error}") from None
+    finally:
+        lock.release(clean)
+    return EXIT_OK
+
+
+def stop_at_end_of_input(node: Node) -> None:
+    """Stop *node* when whoever started it has gone, and its end of the pipe with it."""
+    while os.read(0, READ_SIZE):
+        pass
+    node.signals.put(signal.SIGTERM)
+
+
+def run_in_foreground(
+    config: Config, load: Callable[[], Config], attended: bool
+) -> int:
+    """A node in the foreground, its log on standard error."""
+    lock = NodeLock(config)
+    if not acquire(lock):
+        raise CrowdError(
+            f"a node runs here already, as process {lock.holder()} "
+            f"(state_path {config.state_path})"
+        )
+    return run_node(lock, load, None, lambda: None, attended)
+
+
+def acquire(lock: NodeLock) -> bool:
+    """Take the lock.  Raises CrowdError where that can't even be tried."""
+    try:
+        return lock.acquire()
+    except OSError as error:
+        path = lock.config.state_path
+        raise CrowdError(f"state_path: can't use {path}: {error.strerror}") from None
+
+
+def run_in_background(config: Config, load: Callable[[], Config]) -> int:
+    """--daemon: see to it that a node runs here.  Raises CrowdError."""
+    os.closerange(3, 256)  # what cron or a shell has left open
+    lock = NodeLock(config)
+    give_up = time.monotonic() + WEDGED_AFTER
+    while not acquire(lock):
+        if ask(config, "/heartbeat"):
+            return EXIT_OK
+        if time.monotonic() > give_up:
+            replace_node(lock)
+            give_up = time.monotonic() + WEDGED_AFTER
+        time.sleep(0.1)
+    reader, writer = os.pipe()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        os.waitpid(pid, 0)
+        return report_start(reader, config)
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(EXIT_OK)
+    return be_daemon(lock, load, writer)
+
+
+def be_daemon(lock: NodeLock, load: Callable[[], Config], writer: int) -> int:
+    """The background process: says on *writer* how the start went."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may wait for it any more
+            os.write(writer, line.encode())
+        os.close(writer)
+
+    try:
+        path = lock.config.state_file("node.log")
+        return run_node(lock, load, path, lambda: tell(f"{EXIT_OK} "))
+    except CrowdError as error:
+        tell(f"{error.status} {error}")
+        return error.status
+
+
+def report_start(reader: int, config: Config) -> int:
+    """Wait until the background process has started, or says why it has not."""
+    with open(reader, "rb") as pipe:
+        status, _, message = pipe.read().decode().partition(" ")
+    if not status:
+        raise CrowdError(f"the node died; see {config.state_file('node.log')}")
+    if message:
+        print(f"crowdnode: {message}", file=sys.stderr)
+    return int(status)
+
+
+def replace_node(lock: NodeLock) -> None:
+    """End a node that holds the lock and does not answer."""
+    pid = lock.holder()
+    if pid is None:
+        return
+    print(
+        f"crowdnode: the node (process {pid}) has not answered for {WEDGED_AFTER} s; "
+        "replacing it",
+        file=sys.stderr,
+    )
+    end_node(lock, pid, TERM_GRACE)
+
+
+def end_node(lock: NodeLock, pid: int, patience: float) -> None:
+    """TERM, KILL after *patience* seconds; returns when the lock is free."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            if lock.holder() != pid:
+                return
+            time.sleep(0.02)
+    raise CrowdError(f"process {pid} does not end")
+
+
+def ask(config: Config, path: str) -> tuple[int, str] | None:
+    """GET *path* from the node that runs here: status and body; None: no answer.
+
+    Over a bare socket: http.client would cost --daemon, each minute, its import."""
+    try:
+        port = int(read_file(config.state_file("node.port")))
+    except (OSError, ValueError):
+        return None
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)
+    request = f"GET {path} HTTP/1.0\r\nHost: {config.host}\r\n"
+    if config.http_authentication:
+        request += f"Authorization: {basic_credentials(config)}\r\n"
+    try:
+        with socket.create_connection((host, port), HEARTBEAT_DEADLINE) as connection:
+            connection.sendall(f"{request}\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(READ_SIZE), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return int(head.split()[1]), body.decode()
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+# ---------------------------------------------------------------------------
+# Command line.
+# ---------------------------------------------------------------------------
+
+
+def stop_node(config: Config) -> int:
+    """--stop"""
+    lock = NodeLock(config)
+    pid = lock.holder()
+    if pid is None:
+        print("crowdnode: no node runs here", file=sys.stderr)
+        return EXIT_NOT_RUNNING
+    patience = config.drain_time + CHECK_OUT_TIMEOUT + TERM_GRACE
+    end_node(lock, pid, patience)
+    return EXIT_OK
+
+
+def reload_node(config: Config) -> int:
+    """--reload"""
+    pid = NodeLock(config).holder()
+    if pid is None:
+        print("crowdnode: no node runs here", file=sys.stderr)
+        return EXIT_NOT_RUNNING
+    os.kill(pid, signal.SIGHUP)
+    return EXIT_OK
+
+
+def show_status(config: Config, as_json: bool) -> int:
+    """--status"""
+    pid = NodeLock(config).holder()
+    if pid is None:
+        print("crowdnode: no node runs here", file=sys.stderr)
+        return EXIT_NOT_RUNNING
+    answer = ask(config, "/status")
+    if answer is None or answer[0] != 200:
+        how = {None: "does not answer", 403: "answers 403: allow leaves 127.0.0.1 out"}
+        status = answer[0] if answer else None
+        sentence = how.get(status, f"answers {status}")
+        print(f"crowdnode: the node (process {pid}) {sentence}", file=sys.stderr)
+        return EXIT_SILENT
+    if as_json:
+        print(answer[1])
+    else:
+        print_status(json.loads(answer[1]))
+    return EXIT_OK
+
+
+def print_status(status: Json) -> None:
+    """The status document, for people."""
+    central, counts = status["central"], status["counts"]
+    ago = central["checked_in_ago"]
+    rows = {
+        "node": f"{status['host']}:{status['port']}, process {status['pid']}, "
+        f"version {status['version']}, up {status['uptime']:.0f} s",
+        "central": f"{central['url']}, checked in "
+        + (f"{ago:.0f} s ago" if ago is not None else "never")
+        + (f"; {central['error']}" if central["error"] else ""),
+        "actions": ", ".join(status["actions"]),
+        "work": f"refused: {status['reason']}" if status["overloaded"] else "taken",
+        "machine": f"load {status['load_average']}, {status['free_memory']} MB free",
+        "units": ", ".join(f"{count} {kind}" for kind, count in counts.items()),
+        "unreported": str(status["unreported"]),
+        "running": f"{len(status['running'])}, max_workers {status['max_workers']}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<11}{value}")
+    for unit in status["running"]:
+        print(
+            f"{'':<11}unit {unit['id']}  {unit['action']}  {unit['stage']}  "
+            f"process {unit['pid']}  {unit['seconds']:.0f} s"
+        )
+
+
+def check(config: Config) -> int:
+    """--check: a line each for what is in order and what is not."""
+    lines = [("ok", f"configuration: {config.file or 'no file, all defaults'}")]
+    lines += [("warning", warning) for warning in config.warnings]
+    loader = ActionLoader(config)
+    actions = ", ".join(sorted(loader.load()))
+    lines += loader.problems
+    lines.append(("ok", f"actions: {actions}") if actions else ("error", "no action"))
+    try:
+        prepare_directories(config)
+        lines.append(("ok", f"directories: {config.state_path}"))
+    except CrowdError as error:
+        lines.append(("error", str(error)))
+    problems = host_problems(config)
+    lines += problems or [("ok", f"host: {config.host} resolves")]
+    try:
+        Central(config, config.port).heartbeat()
+        lines.append(("ok", f"central: {config.central_server} answers"))
+    except CentralError as error:
+        sentence = f"central: {config.central_server} does not answer: {error}"
+        lines.append(("error", sentence))
+    for level, sentence in lines:
+        print(f"{level}: {sentence}")
+    return EXIT_FAILED if "error" in dict(lines) else EXIT_OK
+
+
+def run_job(config: Config, arguments: argparse.Namespace) -> int:
+    """--run"""
+    action, *inputs = arguments.run
+    if inputs == ["-"]:
+        inputs = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not inputs:
+        raise UsageError("--run: needs at least one INPUT")
+    try:
+        options = strict_json(arguments.options)
+    except ValueError as error:
+        raise UsageError(
+            f"--options {arguments.options}: is not JSON: {error}"
+        ) from None
+    if not isinstance(options, dict):
+        raise UsageError(f"--options {arguments.options}: must be a JSON object")
+    given = inputs if arguments.strings else [input_of(item) for item in inputs]
+    job = LocalRun(config, action, options, arguments.quiet)
+    return job.run(given)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; argparse ends the process with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="crowdnode.py",
+        description="A node of CloudCrowd. Without a command: in the foreground.",
+        epilog="Exit status: 0 done; 1 could not start, or the job failed; 2 usage or "
+        "configuration; 3 no node runs here; 4 it runs and does not answer.",
+        allow_abbrev=False,
+    )
+    command = parser.add_mutually_exclusive_group()
+    for name, does in (
+        ("--daemon", "see to it that a node runs here, in the background"),
+        ("--check", "is all in order?"),
+        ("--status", "what does the node do?"),
+        ("--stop", "stop the node and wait until it is gone"),
+        ("--reload", "have the node read configuration and actions anew"),
+        (ATTENDED_FLAG, argparse.SUPPRESS),
+    ):
+        command.add_argument(name, action="store_true", help=does)
+    version = f"crowdnode {__version__}"
+    command.add_argument("--version", action="version", version=version)
+    command.add_argument(
+        "--run",
+        nargs="+",
+        metavar=("ACTION", "INPUT"),
+        help="do one job on this machine; INPUT is a file, a URL, with --strings any "
+        "string, or - for the lines of standard input",
+    )
+    for name, metavar, default, does in (
+        (
+            "--config",
+            "FILE",
+            None,
+            "default: crowdnode.conf here, else beside this file",
+        ),
+        ("--port", "N", None, "the same as --set port=N"),
+        ("--options", "JSON", "{}", "with --run: the options of the job"),
+    ):
+        parser.add_argument(name, metavar=metavar, default=default, help=does)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
+    )
+    for name, does in (
+        ("--strings", "with --run: inputs are strings"),
+        ("--quiet", "with --run: no progress"),
+        ("--json", "with --status: the document"),
+    ):
+        parser.add_argument(name, action="store_true", help=does)
+    arguments = parser.parse_args(argv)
+    for option, needed in (("strings", "run"), ("quiet", "run"), ("json", "status")):
+        if getattr(arguments, option) and not getattr(arguments, needed):
+            parser.error(f"--{option} goes with --{needed}")
+    return arguments
+
+
+def parse_settings(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """What --set and --port say, in pairs.  Raises UsageError."""
+    settings = []
+    for setting in arguments.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: must be KEY=VALUE")
+        settings.append((key.strip(), value))
+    if arguments.port is not None:
+        settings.append(("port", arguments.port))
+    return settings
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for.  Raises CrowdError."""
+    path = os.path.abspath(arguments.config) if arguments.config else find_config()
+    settings = parse_settings(arguments)
+
+    def load() -> Config:
+        return load_config(path, settings)
+
+    config = load()
+    if arguments.daemon:
+        return run_in_background(config, load)
+    if arguments.stop:
+        return stop_node(config)
+    if arguments.reload:
+        return reload_node(config)
+    if arguments.status:
+        return show_status(config, arguments.json)
+    import_node_modules()
+    if arguments.check:
+        return check(config)
+    if arguments.run:
+        return run_job(config, arguments)
+    return run_in_foreground(config, load, arguments.attended)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line.  Returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == [FORK_SERVER_FLAG]:
+        return run_fork_server(int(words[1]))
+    import_command_modules()
+    try:
+        return run_command(parse_arguments(words))
+    except CrowdError as error:
+        print(f"crowdnode: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
