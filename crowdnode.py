@@ -707,6 +707,9 @@ def parse_vm_stat(vm_stat: str) -> float | None:
     return int(free.group(1)) * int(page.group(1)) / MEGABYTE
 
 
+running_commands: set[subprocess.Popen[bytes]] = set()
+
+
 def command_output(name: str) -> str:
     """What the command prints; empty where it is missing or hangs.
 
@@ -722,12 +725,15 @@ def command_output(name: str) -> str:
         )
     except OSError:
         return ""
+    running_commands.add(process)
     with process:
         try:
             output = process.communicate(timeout=SCRAPE_DEADLINE)[0]
         except subprocess.TimeoutExpired:
             kill_group(process.pid, signal.SIGKILL)
             return ""
+        finally:
+            running_commands.discard(process)
     return output.decode("utf-8", "replace")
 
 
@@ -2738,7 +2744,7 @@ class NodeServer(ServerBase):
     allow_reuse_address = True
 
     node: Node
-    patience: float = REQUEST_DEADLINE
+    patience: float  # seconds for a whole request
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of our name, which can take minutes."""
@@ -3032,6 +3038,7 @@ def listen(node: Node) -> NodeServer:
             f"can't listen on {bind} port {port}: {error.strerror}{hint}"
         ) from None
     listener.node = node
+    listener.patience = REQUEST_DEADLINE
     return listener
 
 
@@ -3391,6 +3398,8 @@ class Node:
         self.units.end_all()
         self.link.finish()
         self.link.wait(KILL_GRACE)
+        for process in list(running_commands):
+            kill_group(process.pid, signal.SIGKILL)
         log.info("stopped")
 
 
@@ -3583,7 +3592,8 @@ class LocalCentral:
             with self.changed:
                 ready = self.node and not self.busy and self.pending
                 if not ready or (self.room and len(self.sent) >= self.room):
-                    self.busy = self.busy and bool(self.changed.wait(1))
+                    if not self.changed.wait(1):
+                        self.busy = False  # try it again, as CloudCrowd does
                     continue
                 task, node = self.pending.popleft(), self.node
                 self.sent[task.id] = task

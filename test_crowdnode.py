@@ -293,7 +293,9 @@ class NodeProcess:
                 start_new_session=True,
             )
         if wait:
-            wait_for(lambda: self.said("has checked in with") or self.ended(), "a start")
+            wait_for(
+                lambda: self.said("has checked in with") or self.ended(), "a start"
+            )
             if self.ended():
                 raise AssertionError(f"the node did not start:\n{self.log()}")
         return self
@@ -394,7 +396,9 @@ class NodeProcess:
         shutil.rmtree(self.directory)
 
 
-def unit(id: Any = 1, action: str = "echo", input: str = "x", **more: Any) -> Dict[str, Any]:
+def unit(
+    id: Any = 1, action: str = "echo", input: str = "x", **more: Any
+) -> Dict[str, Any]:
     """A work unit as central writes it."""
     return {
         "id": id,
@@ -495,7 +499,9 @@ class CrowdTest(unittest.TestCase):
         """A node that runs and has checked in."""
         return self.prepared(central, **options).start()
 
-    def prepared(self, central: Optional[Central] = None, **options: Any) -> NodeProcess:
+    def prepared(
+        self, central: Optional[Central] = None, **options: Any
+    ) -> NodeProcess:
         """A node that has not been started."""
         options.setdefault("actions", ACTIONS)
         node = NodeProcess(central or self.central(), **options)
@@ -553,7 +559,9 @@ class SharedNode(CrowdTest):
     def tearDown(self) -> None:
         wait_for(lambda: not self.shared.units(), "no record is left")
         wait_for(
-            lambda: not any(files for _, _, files in os.walk(self.shared.path("state", "work"))),
+            lambda: not any(
+                files for _, _, files in os.walk(self.shared.path("state", "work"))
+            ),
             "no work directory is left",
         )
 
@@ -561,3 +569,904 @@ class SharedNode(CrowdTest):
     def new_id(cls) -> int:
         SharedNode.next_id += 1
         return SharedNode.next_id
+
+
+# ---------------------------------------------------------------------------
+# First run
+# ---------------------------------------------------------------------------
+
+
+class FirstRun(CrowdTest):
+    def job(self, *arguments: str, seconds: float = DEADLINE, **options: Any) -> Any:
+        """--run, in an empty environment."""
+        home = options.pop("home", "") or self.directory()
+        key, _, value = MARK.partition("=")
+        return subprocess.run(
+            [sys.executable, PROGRAM, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            env={"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, key: value},
+            timeout=seconds,
+            **{"cwd": HERE, **options},
+        )
+
+    def with_actions(self, **actions: str) -> Tuple[str, List[str]]:
+        """A directory with actions, and the arguments to use them."""
+        directory = self.directory()
+        for name, text in actions.items():
+            with open(os.path.join(directory, f"{name}.py"), "w") as file:
+                file.write(text)
+        return directory, ["--set", f"actions_path={directory}"]
+
+    def test_word_count_in_an_empty_environment_says_what_wc_says(self) -> None:
+        home = self.directory()
+        done = self.job("--run", "word_count", "README.md", "LICENSE", home=home)
+        with open(os.path.join(HERE, "README.md"), "rb") as readme:
+            words = len(readme.read().split())
+        with open(os.path.join(HERE, "LICENSE"), "rb") as text:
+            words += len(text.read().split())
+        self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [words]))
+        self.assertEqual(os.listdir(home), [], "files are left")
+
+    def test_outputs_come_in_the_order_of_500_inputs_with_a_bar_on_a_terminal(
+        self,
+    ) -> None:
+        _, options = self.with_actions(echo=ECHO)
+        master, terminal = pty.openpty()
+        strings = [f"string {number}" for number in range(500)]
+        with subprocess.Popen(
+            [sys.executable, PROGRAM, *options, "--strings", "--run", "echo", *strings],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            env=environment(),
+        ) as process:
+            os.close(terminal)
+            assert process.stdout
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO: the terminal has closed
+                while True:
+                    shown += os.read(master, 65536)
+            outputs = json.loads(process.stdout.read())
+        os.close(master)
+        self.assertEqual(outputs, strings)
+        self.assertRegex(shown.decode(), r"\r.*\[#+ *\] \d+ of 500 done, 0 failed")
+        self.assertIn("500 of 500 done, 0 failed", shown.decode())
+
+    def test_a_failing_input_is_named_after_three_attempts_and_the_rest_is_done(
+        self,
+    ) -> None:
+        directory, options = self.with_actions(
+            odd=BROKEN.replace(
+                'raise ValueError("it broke")',
+                "open('../../../attempts', 'a').write('x') if 0 else None\n"
+                "        print('attempt', self.options['attempts'])\n"
+                "        if self.input == 'bad': raise ValueError('it broke')\n"
+                "        return self.input",
+            )
+        )
+        done = self.job(*options, "--strings", "--run", "odd", "good", "bad", "fine")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(json.loads(done.stdout), ["good", None, "fine"])
+        self.assertIn("bad: ValueError: it broke (odd.py, line", done.stderr)
+        self.assertIn("Traceback", done.stderr)
+        for attempt in range(3):
+            self.assertIn(f"output: attempt {attempt}", done.stderr)
+        self.assertNotIn("output: attempt 3", done.stderr)
+
+    def test_work_unit_retries_says_how_often_a_unit_is_tried(self) -> None:
+        _, options = self.with_actions(
+            broken=BROKEN.replace("raise", "print('once'); raise")
+        )
+        options += ["--set", "work_unit_retries=1"]
+        done = self.job(*options, "--strings", "--run", "broken", "x")
+        self.assertEqual((done.returncode, done.stderr.count("output: once")), (1, 1))
+
+    def test_a_job_goes_through_split_process_and_merge(self) -> None:
+        _, options = self.with_actions(pieces=PIECES)
+        inputs = ["a bb ccc", "dddd eeeee"]
+        done = self.job(*options, "--strings", "--run", "pieces", *inputs)
+        self.assertEqual(json.loads(done.stdout), [[1, 2, 3, 4, 5]], done.stderr)
+
+    def test_options_reach_the_action_and_inputs_come_from_standard_input(self) -> None:
+        _, options = self.with_actions(
+            echo=ECHO.replace("self.input", "[self.input, self.options['k']]")
+        )
+        done = self.job(
+            *options, "--options", '{"k": "é"}', "--quiet", "--strings",
+            "--run", "echo", "-", input="one\ntwo words\n",
+        )  # fmt: skip
+        self.assertEqual(json.loads(done.stdout), [["one", "é"], ["two words", "é"]])
+        self.assertEqual(done.stderr, "")
+
+    def test_file_names_of_all_kinds_are_inputs(self) -> None:
+        directory = self.directory()
+        names = ["a b.txt", "naïve.txt", "100%25.txt", "q?x=1.txt", "#.txt"]
+        for name in names:
+            with open(os.path.join(directory, name), "w") as file:
+                file.write("two words")
+        done = self.job("--run", "word_count", *names, cwd=directory)
+        self.assertEqual(json.loads(done.stdout), [2 * len(names)], done.stderr)
+
+    def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
+        stubborn = SLEEPER.replace(
+            "time.sleep(",
+            "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "        time.sleep(",
+        )
+        directory, options = self.with_actions(sleeper=SLEEPER, stubborn=stubborn)
+        for action in ("sleeper", "stubborn"):
+            with self.subTest(action), subprocess.Popen(
+                [sys.executable, PROGRAM, *options, "--strings", "--run", action, "60"],
+                stderr=subprocess.PIPE,
+                env=environment(TMPDIR=directory),
+            ) as process:
+                wait_for(lambda: len(our_processes()) >= 4, "a worker runs")
+                began = time.monotonic()
+                process.send_signal(signal.SIGINT)
+                self.assertEqual(process.wait(DEADLINE), 130)
+                self.assertLess(time.monotonic() - began, 2)
+                self.assertEqual(our_processes(), [])
+                left = [name for name in os.listdir(directory) if "crowdnode" in name]
+                self.assertEqual(left, [])
+
+    def test_a_node_that_dies_in_the_middle_is_started_again(self) -> None:
+        directory, options = self.with_actions(sleeper=SLEEPER)
+        inputs = ["0.3"] * 8
+        with subprocess.Popen(
+            [
+                sys.executable,
+                PROGRAM,
+                *options,
+                "--strings",
+                "--run",
+                "sleeper",
+                *inputs,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(TMPDIR=directory),
+        ) as process:
+            wait_for(lambda: len(our_processes()) >= 4, "a worker runs")
+            nodes = [line for line in our_processes() if "--attended" in line]
+            os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
+            output, errors = process.communicate(timeout=DEADLINE)
+        self.assertEqual(json.loads(output), ["slept"] * 8, errors.decode())
+
+    def test_a_node_whose_run_was_killed_ends_too(self) -> None:
+        directory, options = self.with_actions(sleeper=SLEEPER)
+        with subprocess.Popen(
+            [sys.executable, PROGRAM, *options, "--strings", "--run", "sleeper", "60"],
+            stderr=subprocess.PIPE,
+            env=environment(TMPDIR=directory),
+        ) as process:
+            wait_for(lambda: len(our_processes()) >= 4, "a worker runs")
+            process.kill()
+        wait_for(lambda: not our_processes(), "nothing is left")
+
+    def test_what_is_wrong_with_the_command_line_is_said_with_status_2(self) -> None:
+        for arguments, message in (
+            (["--run", "word_cuont", "README.md"], "did you mean word_count?"),
+            (["--run", "word_count"], "needs at least one INPUT"),
+            (
+                ["--run", "word_count", "nosuch.txt"],
+                "nosuch.txt: is no file and no URL",
+            ),
+            (["--run", "word_count", "/"], "/: is a directory"),
+            (
+                ["--options", "[1]", "--run", "word_count", "LICENSE"],
+                "must be a JSON obj",
+            ),
+            (
+                ["--options", "{", "--run", "word_count", "LICENSE"],
+                "--options {: is not",
+            ),
+        ):
+            with self.subTest(arguments):
+                done = self.job(*arguments)
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertIn(message, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Check-in and check-out
+# ---------------------------------------------------------------------------
+
+
+class CheckIn(CrowdTest):
+    def test_each_dialect_is_found_from_either_kind_of_central(self) -> None:
+        for seed, paths in (
+            (True, ["/node/node1.example"]),
+            (False, ["/node/node1.example", "/node/node1.example:{port}"]),
+        ):
+            with self.subTest(seed=seed):
+                central = self.central(seed=seed)
+                node = self.node(
+                    central, dialect="auto", host="node1.example", tag="red"
+                )
+                port = node.port
+                calls = [path for method, path, _ in central.calls if method == "PUT"]
+                self.assertEqual(calls, [path.format(port=port) for path in paths])
+                names = "broken,echo,pieces,sleeper,word_count"
+                wanted = {
+                    "busy": "false",
+                    "max_workers": "50",
+                    "enabled_actions": names,
+                }
+                wanted.update({"port": str(port)} if seed else {"tag": "red"})
+                self.assertEqual(central.check_ins()[-1], wanted)
+                self.assertEqual(
+                    node.status()["central"]["dialect"], "seed" if seed else "0.5"
+                )
+                node.stop()
+                self.assertEqual(central.calls[-1][:2], ("DELETE", calls[-1]))
+
+    def test_a_pinned_dialect_is_the_only_one_that_is_spoken(self) -> None:
+        for dialect, other in (("seed", False), ("0.5", True)):
+            with self.subTest(dialect):
+                central = self.central(seed=other)
+                node = self.prepared(central, dialect=dialect).start(wait=False)
+                wait_for(node.ended, "the start fails")
+                self.assertEqual(len(central.check_ins()), 1)
+
+    def test_a_limit_or_tag_that_there_is_not_is_left_out(self) -> None:
+        central = self.central()
+        self.node(central, max_workers=0)
+        self.assertEqual(set(central.check_ins()[0]), {"busy", "enabled_actions"})
+
+    def test_a_first_check_in_that_fails_ends_the_start(self) -> None:
+        central = self.central()
+        central.stop()
+        node = self.prepared(central)
+        done = node.run()
+        central.start()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(
+            f"crowdnode: Failed to connect to the central server ({central.url}). ",
+            done.stderr,
+        )
+        self.assertIn("Connection refused", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_wrong_password_is_said_as_such_with_the_keys_names(self) -> None:
+        central = self.central(login="ali ce:s3cr:et")
+        wrong = {"http_authentication": "yes", "login": "ali ce", "password": "guess"}
+        done = self.prepared(central, **wrong).run()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("401", done.stderr)
+        self.assertIn("check login and password in", done.stderr)
+        done = self.prepared(central).run()
+        self.assertIn("check http_authentication, login and password in", done.stderr)
+        self.assertNotIn("guess", done.stderr)
+
+    def test_later_failures_never_end_the_node_and_are_tried_again_soon(self) -> None:
+        central = self.central()
+        constants = {"CHECK_IN_INTERVAL": 0.2, "RETRY_WAIT": 0.1}
+        node = self.node(central, constants=constants)
+        central.stop()
+        wait_for(lambda: node.said("Failed to connect to the central") >= 3, "failures")
+        self.assertFalse(node.ended())
+        count = len(central.check_ins())
+        central.start()
+        wait_for(lambda: len(central.check_ins()) > count, "a check-in")
+
+    def test_central_may_hand_out_work_before_it_answers_a_check_in(self) -> None:
+        central = self.central()
+        node = self.prepared(central)
+        pids: List[int] = []
+
+        def answer(method: str, path: str, fields: Fields) -> Optional[int]:
+            if path.startswith("/node/") and not pids and method == "PUT":
+                pids.append(node.take(unit(7)))
+            return None
+
+        central.answer = answer
+        node.start()
+        self.assertEqual(central.outcome(7), ("succeeded", "x"))
+        self.assertEqual(central.reports(7)[0]["pid"], str(pids[0]))
+
+    def test_both_sides_use_the_password(self) -> None:
+        central = self.central(login="ali ce:s3cr:et")
+        secret = {
+            "http_authentication": "yes",
+            "login": "ali ce",
+            "password": "s3cr:et",
+        }
+        node = self.node(central, **secret)
+        right = "Authorization: Basic YWxpIGNlOnMzY3I6ZXQ=\r\n"
+        self.assertEqual(node.post(unit())[0], 401)
+        self.assertEqual(node.send(work_request(unit(), right))[0], 200)
+        self.assertEqual(central.outcome(1), ("succeeded", "x"))
+        node.stop()
+        self.assertEqual(central.calls[-1][0], "DELETE")
+
+    def test_an_action_less_node_does_not_start(self) -> None:
+        node = self.prepared(actions={}, disable_default_actions="yes")
+        done = node.run()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("there is no action in", done.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Work
+# ---------------------------------------------------------------------------
+
+
+class Work(SharedNode):
+    """What one node answers, and what it reports."""
+
+    def test_a_unit_is_answered_with_a_pid_and_reported_with_the_fields_of_the_wire(
+        self,
+    ) -> None:
+        id = self.new_id()
+        status, headers, body = self.shared.post(unit(id))
+        self.assertEqual((status, headers["Content-Type"]), (200, "application/json"))
+        self.assertRegex(body.decode(), r'^\{"pid":\d+\}$')
+        self.assertEqual(self.shared_central.outcome(id), ("succeeded", "x"))
+        (report,) = self.shared_central.reports(id)
+        self.assertEqual(list(report), ["pid", "id", "time", "status", "output"])
+        self.assertEqual(report["output"], '{"output":"x"}')
+        self.assertEqual(report["pid"], str(json.loads(body)["pid"]))
+        self.assertGreater(float(report["time"]), 0)
+
+    def test_a_worker_leads_its_own_session_and_is_no_child_of_the_node(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "sleeper", "0.3"))
+        wait_for(lambda: os.getsid(pid) == pid, "a session of its own")
+        fork_server = self.shared.status()["fork_server"]["pid"]
+        parent = subprocess.check_output(["ps", "-o", "ppid=", "-p", str(pid)])
+        self.assertEqual(int(parent), fork_server)
+        self.assertNotEqual(fork_server, self.shared.pid)
+        self.shared_central.outcome(id)
+
+    def test_the_same_unit_again_is_answered_with_the_same_pid(self) -> None:
+        id = self.new_id()
+        pids = {self.shared.take(unit(id, "sleeper", "0.3")) for _ in range(3)}
+        self.assertEqual(len(pids), 1)
+        self.assertEqual(self.shared_central.outcome(id), ("succeeded", "slept"))
+        self.assertEqual(len(self.shared_central.reports(id)), 1)
+
+    def test_an_action_that_this_node_lacks_is_accepted_and_reported_failed(
+        self,
+    ) -> None:
+        for action in ("nosuch", "../../etc", "a/b", ""):
+            with self.subTest(action):
+                status, output = self.shared.do(unit(self.new_id(), action))
+                self.assertEqual(status, "failed")
+                self.assertIn(f"this node has no action named {action}", output)
+
+    def test_a_stage_that_the_action_lacks_is_reported_failed(self) -> None:
+        id = self.new_id()
+        outcome = self.shared.do(unit(id, status=crowdnode.SPLITTING))
+        self.assertEqual(outcome, ("failed", "the action echo does not define split"))
+
+    def test_a_failure_says_what_and_where_and_the_log_has_the_traceback(self) -> None:
+        id = self.new_id()
+        outcome = self.shared.do(unit(id, "broken"))
+        self.assertEqual(
+            outcome, ("failed", "ValueError: it broke (broken.py, line 6)")
+        )
+        self.assertIn("output: Traceback", self.shared.log())
+
+    def test_a_worker_that_is_killed_is_reported_with_the_signal_and_its_words(
+        self,
+    ) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "sleeper", "30"))
+        os.kill(pid, signal.SIGKILL)
+        status, output = self.shared_central.outcome(id)
+        self.assertEqual(status, "failed")
+        self.assertIn("the worker died: killed by SIGKILL", output)
+
+    def test_bad_requests_get_a_status_and_a_sentence(self) -> None:
+        form = b"Content-Type: application/x-www-form-urlencoded\r\n"
+
+        def post(body: bytes, path: bytes = b"/work") -> bytes:
+            length = b"Content-Length: %d\r\n" % len(body)
+            return b"POST " + path + b" HTTP/1.1\r\n" + form + length + b"\r\n" + body
+
+        def bad(**more: Any) -> bytes:
+            return work_request({**unit(), **more})
+
+        deep = "[" * 10000 + "]" * 10000
+        for request, status, sentence in (
+            (post(b""), 400, "no field work_unit"),
+            (post(b"x=1"), 400, "no field work_unit"),
+            (post(b"work_unit=%7Bnot+json"), 400, "not JSON"),
+            (post(b"work_unit=null"), 400, "not a JSON object"),
+            (post(b"work_unit=%5B1%5D"), 400, "not a JSON object"),
+            (post(b"work_unit=%FF"), 400, "not UTF-8"),
+            (post(b"work_unit=\xff"), 400, "not UTF-8"),
+            (work_request(deep), 400, "not JSON"),
+            (work_request(json.dumps(unit(options={"n": float("nan")}))), 400, "NaN"),
+            (bad(id=None), 400, "the unit's id"),
+            (bad(id="../x"), 400, "the unit's id"),
+            (bad(id="a\0"), 400, "the unit's id"),
+            (bad(id="x" * 65), 400, "the unit's id"),
+            (bad(id=1.5), 400, "the unit's id"),
+            (bad(id=True), 400, "the unit's id"),
+            (bad(job_id="../1"), 400, "the unit's job_id"),
+            (bad(status=2), 400, "status is unknown"),
+            (bad(status="1"), 400, "status is unknown"),
+            (bad(status=True), 400, "status is unknown"),
+            (bad(input=3), 400, "input is not a string"),
+            (bad(action=3), 400, "action is not a string"),
+            (bad(options=[]), 400, "options is not an object"),
+            (b"HELLO\r\n\r\n", 400, "Bad request syntax"),
+            (b"POST /work HTTP/1.1\r\n\r\n", 411, "Content-Length"),
+            (
+                b"POST /work HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
+                b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+                b"3\r\nx=1\r\n0\r\n\r\n",
+                411,
+                "Content-Length",
+            ),
+            (
+                b"POST /work HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+                413,
+                "64 MB",
+            ),
+            (
+                b"POST /work HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+                400,
+                "Content-Length",
+            ),
+            (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
+            (b"GET /nowhere HTTP/1.1\r\n\r\n", 404, "Not Found"),
+            (b"GET /heartbeat/ HTTP/1.1\r\n\r\n", 404, "Not Found"),
+            (b"GET /work HTTP/1.1\r\n\r\n", 404, "Not Found"),
+            (b"DELETE /work HTTP/1.1\r\n\r\n", 404, "Not Found"),
+            (b"OPTIONS /work HTTP/1.1\r\n\r\n", 404, "Not Found"),
+            (post(b"", b"/heartbeat"), 404, "Not Found"),
+            (b"GET http://[x/ HTTP/1.1\r\n\r\n", 400, "can't be read"),
+        ):
+            with self.subTest(request[:200]):
+                answer = self.shared.send(request)
+                self.assertEqual(answer[0], status, answer)
+                self.assertIn(sentence, answer[2].decode())
+                self.assertNotIn(b"Traceback", answer[2])
+        self.assertEqual(self.shared.get("/heartbeat")[2], b"buh-bump")
+        self.assertNotIn(
+            "Traceback", self.shared.log().replace("output: Traceback", "")
+        )
+
+    def test_a_body_that_ends_early_is_a_bad_request(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
+            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Length: 10\r\n\r\nwork")
+            connection.shutdown(socket.SHUT_WR)
+            status, _, body = read_answer(connection)
+        self.assertEqual((status, body), (400, b"The body ended after 4 of 10 bytes."))
+
+    def test_the_odd_requests_of_the_wire_are_answered_as_there(self) -> None:
+        for request, status, body in (
+            (b"GET /heartbeat HTTP/1.1\r\n\r\n", 200, b"buh-bump"),
+            (b"GET /heartbeat?x=1 HTTP/1.1\r\nHost: x\r\n\r\n", 200, b"buh-bump"),
+            (b"GET /heartbeat HTTP/1.0\r\n\r\n", 200, b"buh-bump"),
+            (
+                b"GET /heartbeat HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+                200,
+                b"buh-bump",
+            ),
+            (
+                b"GET /heartbeat HTTP/1.1\r\nConnection: close\r\n\r\n",
+                200,
+                b"buh-bump",
+            ),
+            (
+                b"GET http://node1.example:9063/heartbeat HTTP/1.1\r\n\r\n",
+                200,
+                b"buh-bump",
+            ),
+            (b"HEAD /heartbeat HTTP/1.1\r\n\r\n", 200, b""),
+            (b"HEAD /nowhere HTTP/1.1\r\n\r\n", 404, b""),
+        ):
+            with self.subTest(request):
+                answer = self.shared.send(request)
+                self.assertEqual((answer[0], answer[2]), (status, body))
+        _, headers, _ = self.shared.send(b"HEAD /heartbeat HTTP/1.1\r\n\r\n")
+        self.assertEqual(headers["Content-Length"], "8")
+
+    def test_a_post_with_a_method_override_counts_as_that_method(self) -> None:
+        form = b"Content-Type: application/x-www-form-urlencoded\r\n"
+        head = b"POST %s HTTP/1.1\r\n" + form + b"%sContent-Length: %d\r\n\r\n%s"
+        get = b"_method=GET"
+        for path, header, body, status in (
+            (b"/heartbeat", b"", get, 200),
+            (b"/heartbeat", b"X-HTTP-Method-Override: get\r\n", b"", 200),
+            (b"/heartbeat", b"", b"_method=NONSENSE", 404),
+            (b"/work", b"", get + b"&work_unit=%7B%7D", 404),
+        ):
+            with self.subTest(path=path, header=header, body=body):
+                request = head % (path, header, len(body), body)
+                self.assertEqual(self.shared.send(request)[0], status)
+
+    def test_the_unit_may_stand_in_the_query_and_may_come_in_two_pieces(self) -> None:
+        id = self.new_id()
+        query = urllib.parse.urlencode({"work_unit": json.dumps(unit(id))})
+        request = f"POST /work?{query} HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
+        self.assertEqual(self.shared.send(request.encode())[0], 200)
+        self.shared_central.outcome(id)
+        id = self.new_id()
+        head, _, body = work_request(unit(id)).partition(b"\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
+            connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(body)
+            self.assertEqual(read_answer(connection)[0], 200)
+        self.shared_central.outcome(id)
+
+    def test_ids_may_be_words_and_units_may_lack_what_has_a_default(self) -> None:
+        word = f"unit-{self.new_id()}_A"
+        sparse = {"id": word, "action": "echo", "input": "[1,2]", "status": 1}
+        self.assertEqual(self.shared.do(sparse), ("succeeded", [1, 2]))
+
+    def test_a_large_unit_with_a_large_output_comes_through(self) -> None:
+        text = "é\u2603<&+ " * 100000
+        outcome = self.shared.do(unit(self.new_id(), input=text))
+        self.assertEqual(outcome, ("succeeded", text))
+
+    def test_status_tells_what_the_node_does(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "sleeper", "0.5"))
+        status = self.shared.status()
+        self.assertEqual(
+            list(status),
+            "version host port pid uptime central actions max_workers overloaded reason "
+            "load_average free_memory fork_server running unreported counts".split(),
+        )
+        (running,) = [item for item in status["running"] if item["id"] == id]
+        self.assertEqual(running.pop("pid"), pid)
+        self.assertLess(running.pop("seconds"), 5)
+        wanted = {"id": id, "job_id": 1, "action": "sleeper", "stage": "process"}
+        self.assertEqual(running, wanted)
+        self.assertEqual(list(status["counts"]), list(crowdnode.COUNTS))
+        self.assertIn("echo", status["actions"])
+        self.assertEqual(status["central"]["url"], self.shared_central.url)
+        self.assertIsNone(status["central"]["error"])
+        self.shared_central.outcome(id)
+
+    def test_benchmark_in_the_options_logs_the_time_it_took(self) -> None:
+        self.shared.do(unit(self.new_id(), options={"benchmark": True}))
+        wait_for(
+            lambda: self.shared.said("output: benchmark: "), "the benchmark's line"
+        )
+
+
+class Wire(CrowdTest):
+    """What needs a node, or a central, of its own."""
+
+    def test_credentials_are_answered_as_on_the_wire(self) -> None:
+        secret = {
+            "http_authentication": "yes",
+            "login": "ali ce",
+            "password": "s3cr:et",
+        }
+        node = self.node(self.central(login="ali ce:s3cr:et"), **secret)
+        required = b"Authorization Required"
+        for path, header, status, body in (
+            ("/heartbeat", "", 401, required),
+            ("/nowhere", "", 401, required),
+            ("/heartbeat", "Basic YWxpIGNlOndyb25n", 401, required),
+            ("/heartbeat", "Basic YWxpIGNl", 401, required),
+            ("/heartbeat", "Basic YWxpIGNlOnMzY3I6ZXQ=", 200, b"buh-bump"),
+            ("/heartbeat", "basic YWxpIGNlOnMzY3I6ZXQ=", 200, b"buh-bump"),
+            ("/heartbeat", "Digest username=x", 400, b"Bad Request"),
+            ("/heartbeat", "Basic", 400, b"Bad Request"),
+            ("/heartbeat", "Basic ?!", 400, b"Bad Request"),
+            ("/nowhere", "Basic YWxpIGNlOnMzY3I6ZXQ=", 404, b"Not Found"),
+        ):
+            with self.subTest(path=path, header=header):
+                line = f"Authorization: {header}\r\n" if header else ""
+                request = f"GET {path} HTTP/1.1\r\n{line}\r\n".encode()
+                answer = node.send(request)
+                self.assertEqual((answer[0], answer[2]), (status, body))
+                if status == 401:
+                    realm = answer[1]["WWW-Authenticate"]
+                    self.assertEqual(realm, 'Basic realm="CloudCrowd"')
+        head = node.send(b"HEAD /heartbeat HTTP/1.1\r\n\r\n")
+        self.assertEqual(
+            (head[0], head[1]["Content-Length"], head[2]), (401, "22", b"")
+        )
+
+    def test_an_answer_over_an_unread_body_is_not_lost(self) -> None:
+        node = self.node(allow="192.0.2.0/24")
+        big = b"POST /work HTTP/1.1\r\nContent-Length: 8000000\r\n\r\n" + b"x" * 8000000
+        status, _, body = node.send(big)
+        self.assertEqual(
+            (status, body), (403, b"127.0.0.1 is not in this node's allow.")
+        )
+        self.assertEqual(node.run("--status").returncode, 4)
+
+    def test_addresses_and_networks_in_allow_may_connect(self) -> None:
+        node = self.node(allow="192.0.2.7, 127.0.0.0/8")
+        self.assertEqual(node.get("/heartbeat")[0], 200)
+
+    def test_a_request_has_a_deadline_however_it_drips(self) -> None:
+        node = self.node(constants={"REQUEST_DEADLINE": 0.5})
+        node.constants = {}
+        with socket.create_connection(("127.0.0.1", node.port)) as connection:
+            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Le")
+            began = time.monotonic()
+            while not select.select([connection], [], [], 0.05)[0]:
+                connection.sendall(b"n")
+                self.assertLess(time.monotonic() - began, DEADLINE)
+            status, _, body = read_answer(connection)
+        self.assertEqual((status, body), (408, b"The request was too slow."))
+
+    def test_central_gets_in_past_a_crowd_of_silent_connections(self) -> None:
+        node = self.prepared()
+        node.constants["MAX_CONNECTIONS"] = 10
+        node.start()
+        address = ("127.0.0.1", node.port)
+        with contextlib.ExitStack() as stack:
+            silent = [
+                stack.enter_context(socket.create_connection(address))
+                for _ in range(30)
+            ]
+            self.assertEqual(node.do(unit()), ("succeeded", "x"))
+            self.assertEqual(
+                silent[0].recv(1), b"", "the first to come is closed first"
+            )
+
+    def test_a_report_waits_for_the_reply_and_a_lost_reply_withdraws_the_unit(
+        self,
+    ) -> None:
+        central = self.central()
+        node = self.node(central)
+        fork_server = node.status()["fork_server"]["pid"]
+        os.kill(fork_server, signal.SIGSTOP)
+        connection = socket.create_connection(("127.0.0.1", node.port))
+        connection.sendall(work_request(unit(1, "sleeper", "20")))
+        wait_for(lambda: node.said("starting") or True, "")
+        linger = struct.pack("ii", 1, 0)
+        wait_for(lambda: not os.listdir(node.path("state", "units")), "nothing started")
+        time.sleep(0.2)  # for the request to be read: a reset would take it back
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        connection.close()
+        os.kill(fork_server, signal.SIGCONT)
+        wait_for(lambda: node.said("the reply could not be written"), "a withdrawal")
+        wait_for(lambda: not node.units(), "the unit is gone")
+        self.assertEqual(central.reports(1), [])
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"), "it is offered again")
+
+    def test_reports_go_on_until_central_takes_them(self) -> None:
+        central = self.central()
+        node = self.node(
+            central, constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.2}
+        )
+        statuses = iter([500, 0, 503, 204])
+        central.answer = lambda method, path, _: (
+            next(statuses) if path.startswith("/work/") else None
+        )
+        node.take(unit())
+        wait_for(lambda: node.status()["counts"]["reported"] == 1, "it is taken")
+        self.assertEqual(len(central.reports(1)), 4)
+        self.assertEqual(len({report["time"] for report in central.reports(1)}), 1)
+        wait_for(lambda: not node.units(), "the record is gone")
+
+    def test_a_unit_that_central_does_not_know_is_discarded(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        central.answer = lambda method, path, _: 404 if path == "/work/1" else None
+        node.take(unit())
+        wait_for(lambda: node.said("central does not know it"), "the log says so")
+        wait_for(lambda: not node.units(), "the record is gone")
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_outcomes_wait_on_disk_while_central_is_away(self) -> None:
+        central = self.central()
+        node = self.node(central, constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 30})
+        central.stop()
+        for id in range(20):
+            node.take(unit(id))
+        wait_for(lambda: node.said("has not taken the report") >= 20, "all have failed")
+        self.assertEqual(node.status()["unreported"], 20)
+        self.assertEqual(len(our_processes()), 2, "what waits is files, not processes")
+        central.start()
+        for id in range(20):  # the first success wakes those that wait
+            central.outcome(id, 5)
+            self.assertEqual(len(central.reports(id)), 1)
+
+    def test_the_next_attempt_is_taken_while_the_last_ones_report_is_answered(
+        self,
+    ) -> None:
+        """Up to 0.6 central hands the unit out again before it answers the report."""
+        central = self.central()
+        node = self.node(central)
+        second: List[int] = []
+
+        def answer(method: str, path: str, fields: Fields) -> Optional[int]:
+            if path == "/work/1" and not second:
+                second.append(node.take(unit(1, attempts=1)))
+            return None
+
+        central.answer = answer
+        node.take(unit(1, "broken"))
+        wait_for(lambda: len(central.reports(1)) == 2, "both attempts are reported")
+        reports = central.reports(1)
+        self.assertEqual(
+            [report["status"] for report in reports], ["failed", "succeeded"]
+        )
+        self.assertEqual(reports[1]["pid"], str(second[0]))
+
+    def test_another_attempt_ends_the_worker_of_the_last(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        first = node.take(unit(1, "sleeper", "30"))
+        node.take(unit(1, "sleeper", "0", attempts=1))
+        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
+        self.assertFalse(alive(first))
+        self.assertEqual(len(central.reports(1)), 1)
+
+
+# ---------------------------------------------------------------------------
+# Overload
+# ---------------------------------------------------------------------------
+
+
+class OverloadTest(CrowdTest):
+    def assert_refused(self, node: NodeProcess, reason: str) -> None:
+        status, _, body = node.post(unit(99))
+        self.assertEqual((status, body), (503, b"Node Overloaded"))
+        document = node.status()
+        self.assertTrue(document["overloaded"])
+        self.assertIn(reason, document["reason"])
+        self.assertEqual(node.said(f"work is refused: {document['reason']}"), 1)
+
+    def fake_uptime(self, script: str) -> Dict[str, str]:
+        """An environment in which ``uptime`` is this shell script."""
+        directory = self.directory()
+        path = os.path.join(directory, "uptime")
+        with open(path, "w") as file:
+            file.write(f"#!/bin/sh\n{script}\n")
+        os.chmod(path, 0o755)
+        return {"PATH": f"{directory}:{os.environ['PATH']}", "D": directory}
+
+    def test_max_load_refuses_and_its_end_is_checked_in(self) -> None:
+        env = self.fake_uptime('cat "$D/load"')
+        load = os.path.join(env["D"], "load")
+
+        def set_load(value: str) -> None:
+            with open(load + ".part", "w") as file:
+                file.write(
+                    f" 13:00:00 up 1 day,  1 user,  load average: {value}, 0.1, 0.1"
+                )
+            os.replace(load + ".part", load)
+
+        set_load("7.50")
+        central = self.central()
+        node = self.node(
+            central, env=env, max_load=2.5, constants={"REMINDER_INTERVAL": 0.3}
+        )
+        self.assertEqual(central.check_ins()[0]["busy"], "true")
+        self.assert_refused(node, "7.50 load average, max_load is 2.5")
+        wait_for(lambda: node.said("work is still refused: 7.50") >= 2, "reminders")
+        self.assertEqual(node.status()["load_average"], 7.5)
+        set_load("0.10")
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in at its end")
+        self.assertEqual(central.check_ins()[1]["busy"], "false")
+        self.assertEqual(node.said("over: 7.50 load average"), 1)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+
+    def test_little_memory_refuses_and_its_end_is_checked_in(self) -> None:
+        if not os.path.exists("/proc/meminfo"):
+            self.skipTest("needs /proc/meminfo")
+        for key in ("min_free_memory", "min_available_memory"):
+            with self.subTest(key):
+                central = self.central()
+                node = self.node(central, **{key: 999999})
+                self.assert_refused(node, f"MB of memory, {key} is 999999")
+                node.write_config(**{key: 1})
+                self.assertEqual(node.run("--reload").returncode, 0)
+                wait_for(lambda: node.said("work is taken again"), "it ends")
+                wait_for(
+                    lambda: central.check_ins()[-1]["busy"] == "false", "a check-in"
+                )
+
+    def test_max_workers_refuses_and_room_is_checked_in(self) -> None:
+        central = self.central()
+        node = self.node(central, max_workers=2)
+        pids = [node.take(unit(id, "sleeper", "30")) for id in (1, 2)]
+        self.assert_refused(node, "2 units are running, max_workers is 2")
+        self.assertEqual(
+            node.take(unit(1, "sleeper", "30")), pids[0], "it has that one"
+        )
+        self.assertEqual(len(central.check_ins()), 1)
+        os.kill(pids[0], signal.SIGKILL)
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in when there is room")
+        self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
+        self.assertEqual(node.status()["counts"]["refused"], 1)
+
+    def test_an_uptime_that_does_not_tell_is_said_once_and_changes_nothing(
+        self,
+    ) -> None:
+        constants = {"SCRAPE_DEADLINE": 0.3}
+        for script in ("echo 13:00 up 1 day", "sleep 50", "exit 1", "kill -9 $$"):
+            with self.subTest(script):
+                node = self.node(
+                    env=self.fake_uptime(script), constants=constants, max_load=0.01
+                )
+                wait_for(
+                    lambda: node.said("max_load: this machine does not tell"), "it"
+                )
+                wait_for(lambda: node.status()["uptime"] > 0.8, "some ticks")
+                self.assertEqual(node.said("max_load: this machine does not tell"), 1)
+                self.assertIsNone(node.status()["load_average"])
+                self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        empty = self.directory()
+        node = self.node(env={"PATH": empty}, max_load=0.01)
+        wait_for(lambda: node.said("max_load: this machine does not tell"), "no uptime")
+
+    def test_uptime_is_asked_in_the_c_locale(self) -> None:
+        script = (
+            'if [ "$LC_ALL" = C ]; then echo "13.00.00 up, load average: 0.42, 1.0, 1.0"'
+            ' | sed s/13.00.00/13:00:00/; else echo "13.00.00 up, load average: 0,42"; fi'
+        )
+        env = {**self.fake_uptime(script), "LANG": "fi_FI.UTF-8"}
+        node = self.node(env=env, max_load=1)
+        self.assertEqual(node.status()["load_average"], 0.42)
+
+    def test_texts_of_other_machines_are_understood(self) -> None:
+        intel = (
+            "Mach Virtual Memory Statistics: (page size of 4096 bytes)\n"
+            "Pages free:                              130000.\n"
+            "Pages active:                            900000.\n"
+        )
+        silicon = intel.replace("4096", "16384")
+        self.assertAlmostEqual(crowdnode.parse_vm_stat(intel) or 0, 507.8125)
+        self.assertAlmostEqual(crowdnode.parse_vm_stat(silicon) or 0, 2031.25)
+        self.assertIsNone(crowdnode.parse_vm_stat("vm_stat: not found"))
+        for text, load in (
+            ("13:22:56 up 12 min,  0 users,  load average: 0.52, 0.58, 0.59", 0.52),
+            ("13:22  up 3 days, 2 users, load averages: 12.34 2.00 1.99", 12.34),
+            ("13:22:56 up 12 min,  0 users,  load average: 0,52, 0,58, 0,59", None),
+            ("", None),
+        ):
+            self.assertEqual(crowdnode.parse_load(text), load)
+        meminfo = "MemTotal: 9 kB\nMemFree:  204800 kB\nMemAvailable:   409600 kB\n"
+        free = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_MEMORY)
+        available = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_AVAILABLE)
+        self.assertEqual((free, available), (200, 400))
+
+
+
+# ---------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------
+
+
+class Result(unittest.TextTestResult):
+    """Knows how long each test took."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.seconds: Dict[str, float] = {}
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        self.began = time.monotonic()
+        super().startTest(test)
+
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        self.seconds[test.id()] = time.monotonic() - self.began
+
+
+def main() -> int:
+    """Run the tests that the command line names, all by default."""
+    runner = unittest.TextTestRunner(resultclass=Result)
+    result = unittest.main(testRunner=runner, exit=False).result
+    assert isinstance(result, Result)
+    slowest = sorted(result.seconds.items(), key=lambda item: -item[1])[:25]
+    for name, seconds in slowest:
+        print(f"{seconds:6.2f} s  {name}")
+    bad = {str(test) for test, _ in result.failures + result.errors}
+    failed, skipped = len(bad), len(result.skipped)
+    passed = result.testsRun - failed - skipped
+    print(f"{max(0, passed)} passed, {failed} failed, {skipped} skipped")
+    return 0 if result.wasSuccessful() and result.testsRun else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
