@@ -78,7 +78,6 @@ if TYPE_CHECKING:
     import ipaddress
     import logging
     import logging.handlers
-    import queue
     import random
     import shutil
     import socket
@@ -196,13 +195,12 @@ def import_command_modules() -> None:
 
 def import_node_modules() -> None:
     """Import what only a node needs: --daemon, run each minute, does without."""
-    global hashlib, hmac, logging, queue, random, shutil, subprocess, tempfile
+    global hashlib, hmac, logging, random, shutil, subprocess, tempfile
     global threading, urllib
     import hashlib
     import hmac
     import logging
     import logging.handlers
-    import queue
     import random
     import shutil
     import subprocess
@@ -2095,11 +2093,21 @@ def compiled(config: Config) -> str:
 
     Compiling these lines leaves 10 MB behind, and every fork would copy their page
     tables.  A node compiles once, so its fork servers stay of its own version."""
+    import importlib.util
     import py_compile
+    import struct
 
     path = config.state_file("crowdnode.pyc")
     source = os.path.abspath(__file__)
+    stat = os.stat(source)
+    # What a .pyc begins with: Python's version, flags, the source's time and size.
+    head = importlib.util.MAGIC_NUMBER + struct.pack(
+        "<III", 0, int(stat.st_mtime) & 0xFFFFFFFF, stat.st_size & 0xFFFFFFFF
+    )
     try:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            if file.read(len(head)) == head:
+                return path
         py_compile.compile(source, path, doraise=True)
     except (OSError, py_compile.PyCompileError) as error:
         log.warning("can't write %s: %s", path, error)
@@ -3061,7 +3069,7 @@ class Node:
         self.unclean = unclean
         self.clean = False  # checked out: the next node need not
         self.started = time.monotonic()
-        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.signals, self.signal_writer = os.pipe()
         self.stopping = False
         self.overload = Overload(self.check_in_soon)
         self.units = Units(self)
@@ -3108,14 +3116,25 @@ class Node:
             ", ".join(self.enabled_actions),
         )  # fmt: skip
         started()
-        while self.signals.get() == signal.SIGHUP:
+        while self.next_signal() == signal.SIGHUP:
             self.reload()
         self.shut_down()
 
     def trap_signals(self) -> None:
-        """Handlers only enqueue."""
+        """A signal only writes its number into a pipe.
+
+        Python does so in whichever thread the kernel has picked; the handlers proper
+        would wait until the main thread, which sleeps, happens to wake."""
+        os.set_blocking(self.signal_writer, False)
+        signal.set_wakeup_fd(self.signal_writer)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self.signals.put(number))
+            signal.signal(number, lambda *_: None)
+
+    def next_signal(self, seconds: float | None = None) -> int | None:
+        """Wait for a signal; None where none comes in time."""
+        if select.select([self.signals], [], [], seconds)[0]:
+            return os.read(self.signals, 1)[0]
+        return None
 
     def start_fork_server(self, config: Config) -> ForkServerLink:
         """Start one and wait until it has loaded the actions.  Raises CrowdError."""
@@ -3391,8 +3410,7 @@ class Node:
         self.check_in_loop.stop()
         deadline = time.monotonic() + self.config.drain_time
         while self.units.by_name and time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):
-                self.signals.get(timeout=0.05)
+            if self.next_signal(0.05):
                 break  # a second signal
         self.clean = self.check_out()
         self.units.end_all()
@@ -3984,7 +4002,7 @@ def stop_at_end_of_input(node: Node) -> None:
     """Stop *node* when whoever started it has gone, and its end of the pipe with it."""
     while os.read(0, READ_SIZE):
         pass
-    node.signals.put(signal.SIGTERM)
+    os.write(node.signal_writer, bytes([signal.SIGTERM]))
 
 
 def run_in_foreground(
