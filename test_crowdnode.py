@@ -745,6 +745,30 @@ class FirstRun(CrowdTest):
             process.kill()
         wait_for(lambda: not our_processes(), "nothing is left")
 
+    def test_the_examples_of_the_readme_work(self) -> None:
+        directory = self.directory()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", file.read())
+        examples = []
+        for block in blocks:
+            match = re.search(r"# actions/((\w+)\.\w+)", block)
+            if match:
+                lines = [line[4:] for line in block.strip("\n").splitlines()]
+                path = os.path.join(directory, match.group(1))
+                with open(path, "w") as file:
+                    file.write("\n".join(lines).partition("python3 crowdnode.py")[0])
+                os.chmod(path, 0o755)
+                examples.append(match.group(2))
+        self.assertEqual(examples, ["longest_line", "lines"])
+        with open(os.path.join(HERE, "LICENSE")) as file:
+            text = file.read().splitlines(keepends=True)
+        wanted = [max(map(len, text)), len(text)]
+        for name, value in zip(examples, wanted):
+            done = self.job(
+                "--set", f"actions_path={directory}", "--run", name, "LICENSE"
+            )
+            self.assertEqual((done.returncode, done.stdout), (0, f"[{value}]\n"), done)
+
     def test_what_is_wrong_with_the_command_line_is_said_with_status_2(self) -> None:
         for arguments, message in (
             (["--run", "word_cuont", "README.md"], "did you mean word_count?"),
