@@ -392,7 +392,7 @@ class NodeProcess:
                     self.stop()
             self.process.kill()
             self.process.wait()
-        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+        if os.path.exists(self.path("state", "node.pid")):  # one in the background
             self.run("--stop")
         shutil.rmtree(self.directory)
 
