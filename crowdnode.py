@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     import random
     import shutil
     import socket
+    import struct
     import subprocess
     import tempfile
     import threading
@@ -122,6 +123,7 @@ SCRAPE_DEADLINE = 5  # seconds for uptime and vm_stat
 REQUEST_DEADLINE = 20  # seconds for a whole request, however it drips
 LINGER = 2  # seconds for a refused sender to notice
 START_DEADLINE = 5  # seconds for the fork server to answer for a unit
+SEND_DEADLINE = 10  # seconds for the fork server to read a message
 CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
 LOAD_DEADLINE = 60  # seconds for the fork server to load the actions
 PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
@@ -195,7 +197,7 @@ def import_command_modules() -> None:
 
 def import_node_modules() -> None:
     """Import what only a node needs: --daemon, run each minute, does without."""
-    global hashlib, hmac, logging, random, shutil, subprocess, tempfile
+    global hashlib, hmac, logging, random, shutil, struct, subprocess, tempfile
     global threading, urllib
     import hashlib
     import hmac
@@ -203,6 +205,7 @@ def import_node_modules() -> None:
     import logging.handlers
     import random
     import shutil
+    import struct
     import subprocess
     import tempfile
     import threading
@@ -757,6 +760,7 @@ def linux_memory(pattern: re.Pattern[str]) -> float | None:
 # ---------------------------------------------------------------------------
 
 RECORD_VERSION = b"1"
+RECORD_KEYS = {"id", "job_id", "action", "stage", "attempts", "digest", "started"}
 WITHDRAWN = b"withdrawn\n"
 
 
@@ -796,9 +800,7 @@ def parse_record(data: bytes) -> Record:
                 version, _, head = rest.partition(b" ")
                 if word != b"crowdnode-unit" or version != RECORD_VERSION:
                     raise OddRecord("it is of an unknown version")
-                record.unit = json.loads(head)
-                if record.unit["stage"] not in STAGES.values():  # type: ignore[index]
-                    raise OddRecord("its stage is unknown")
+                record.unit = parse_head(head)
             elif word == b"pid":
                 record.pid = int(rest)
             elif word in (b"succeeded", b"failed"):
@@ -811,6 +813,17 @@ def parse_record(data: bytes) -> Record:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OddRecord(f"it can't be understood: {error}") from None
     return record
+
+
+def parse_head(text: bytes) -> Json:
+    """The unit in a record's first line.  Raises OddRecord, ValueError."""
+    head: Json = json.loads(text)
+    if not isinstance(head, dict) or RECORD_KEYS - set(head):
+        raise OddRecord("its first line lacks something")
+    if head["stage"] not in STAGES.values():
+        raise OddRecord("its stage is unknown")
+    head["started"] = float(head["started"])
+    return head
 
 
 def is_locked(path: str) -> bool:
@@ -1903,12 +1916,12 @@ class Repeater:
     def start(self) -> None:
         """Begin; the first step comes after one interval."""
         with self._lock:
-            self._arm(self.interval)
+            self._arm(0 if self._again else self.interval)
 
     def soon(self) -> None:
         """Do the next step now, or again when the one under way is done."""
         with self._lock:
-            self._again = self._running
+            self._again = self._running or not self._timer
             if self._timer and not self._running and not self._stopped:
                 self._timer.cancel()
                 self._arm(0)
@@ -1932,6 +1945,8 @@ class Repeater:
             delay = None
             try:
                 delay = self.step()
+            except OSError as error:  # no descriptor to be had, a disk that fails
+                log.warning("a step failed: %s", error)
             except Exception:
                 log.exception("a step failed; the next comes in %g s", self.interval)
             finally:
@@ -2004,6 +2019,11 @@ class Reporter:
                     unit, error, wait,
                 )  # fmt: skip
                 self._put_off(unit, wait)
+            except OSError as error:
+                wait = unit.backoff.failed()
+                log.warning("%s: can't read its record: %s; again in %.0f s", unit,
+                            error, wait)  # fmt: skip
+                self._put_off(unit, wait)
             except Exception:
                 log.exception("%s: can't be reported; again in a minute", unit)
                 self._put_off(unit, RETRY_WAIT_LIMIT)
@@ -2039,10 +2059,10 @@ class Reporter:
 
 
 class Overload:
-    """Why this node refuses work; calls *over* when the last reason has gone."""
+    """Why this node refuses work; calls over() when the last reason has gone."""
 
-    def __init__(self, over: Callable[[], None]) -> None:
-        self.over = over
+    def __init__(self) -> None:
+        self.over: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}  # by kind
         self._reminded = 0.0
@@ -2095,7 +2115,6 @@ def compiled(config: Config) -> str:
     tables.  A node compiles once, so its fork servers stay of its own version."""
     import importlib.util
     import py_compile
-    import struct
 
     path = config.state_file("crowdnode.pyc")
     source = os.path.abspath(__file__)
@@ -2133,9 +2152,14 @@ class ForkServerLink:
         self.actions: dict[str, list[str]] = {}
         self.problems: list[tuple[str, str]] = []
         self.probed: float | None = None  # when an unanswered probe was sent
+        self.gone: str | None = None  # how it ended
+        self.replaced = False
         self.output = config.state_file("fork_server.out")
         self._send_lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
+        # One that does not read must not keep whoever sends, and what he has locked.
+        deadline = struct.pack("ll", SEND_DEADLINE, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
         try:
             self._process = self._start(theirs)
         finally:
@@ -2154,8 +2178,11 @@ class ForkServerLink:
         with self._send_lock:
             try:
                 self._socket.sendall(line)
+            except BlockingIOError:  # half a message is sent: it is of no use any more
+                log.error("the fork server has not read for %d s", SEND_DEADLINE)
+                self.kill()
             except OSError:
-                pass
+                pass  # it has gone, which _read has noticed or will
 
     def finish(self) -> None:
         """Let it finish its workers; it gets no more units."""
@@ -2208,13 +2235,10 @@ class ForkServerLink:
                     log.exception("a message of the fork server: %s", message)
         status = self._process.wait()
         self._socket.close()
-        how = (
-            f"killed by {signal_name(-status)}"
-            if status < 0
-            else f"exit status {status}"
-        )
+        killed = f"killed by {signal_name(-status)}"
+        self.gone = killed if status < 0 else f"exit status {status}"
         try:
-            self.receive(self, ["gone", how])
+            self.receive(self, ["gone", self.gone])
         finally:
             self.ready.set()
 
@@ -2331,8 +2355,10 @@ class Units:
                 self._give_up(entry)
             if entry.refusal is None:
                 return entry
-            if entry.refusal != "exists" or time.monotonic() > deadline:
+            if entry.refusal != "exists":
                 raise NodeOverloaded(entry.refusal)
+            if time.monotonic() > deadline:
+                raise NodeOverloaded(f"the record of unit {name} can't be settled")
             self.adopt(name)  # memory did not know it: answer from the record
 
     def replied(self, entry: Unit, written: bool) -> None:
@@ -2375,7 +2401,8 @@ class Units:
                 if known.digest == digest and not known.withdrawn:
                     known.replies_due += 1
                     return known, False
-                self.withdraw(known)
+                if not known.withdrawn:
+                    self.withdraw(known)
                 patience = deadline - time.monotonic()
                 if name in self.by_name and not self.changed.wait(max(0.0, patience)):
                     raise NodeOverloaded(f"{known} is still being ended")
@@ -2393,8 +2420,14 @@ class Units:
 
     def _drop(self, entry: Unit) -> None:
         self.by_name.pop(str(entry.id), None)
+        self._make_room(entry)
+
+    def _make_room(self, entry: Unit) -> None:
         self.active.pop(entry, None)
         self.changed.notify_all()
+        limit = self.node.config.max_workers
+        if not limit or len(self.active) < limit:
+            self.node.overload.end("max_workers")
 
     def _require_room(self) -> None:
         limit = self.node.config.max_workers
@@ -2474,15 +2507,18 @@ class Units:
     def withdraw(self, entry: Unit) -> None:
         """End *entry* without a report: central has let go of it."""
         with self.changed:
-            entry.withdrawn = True
-            try:
-                append_to_record(self._path(entry), WITHDRAWN)
-            except OSError as error:
-                log.warning("%s: can't mark its record: %s", entry, error)
+            self._mark_withdrawn(entry)
             if entry.state == "ended":
                 self._remove(entry)
             elif entry.pid is not None:
                 self.signal(entry, signal.SIGKILL)
+
+    def _mark_withdrawn(self, entry: Unit) -> None:
+        entry.withdrawn = True
+        try:
+            append_to_record(self._path(entry), WITHDRAWN)
+        except OSError as error:
+            log.warning("%s: can't mark its record: %s", entry, error)
 
     def signal(self, entry: Unit, number: int) -> None:
         """Signal the worker of *entry* and its group, if it lives."""
@@ -2496,15 +2532,11 @@ class Units:
     def _end(self, entry: Unit) -> None:
         """The worker has ended: report the outcome once central knows the pid."""
         entry.state = "ended"
-        self.active.pop(entry, None)
-        self.changed.notify_all()
+        self._make_room(entry)
         if entry.withdrawn:
             self._remove(entry)
         elif entry.replied:
             self._settle(entry)
-        limit = self.node.config.max_workers
-        if not limit or len(self.active) < limit:
-            self.node.overload.end("max_workers")
 
     def _settle(self, entry: Unit) -> None:
         """Hand *entry* to the reporters: it ended, in whatever way."""
@@ -2528,13 +2560,16 @@ class Units:
                 raise
             log.warning("%s: central does not know it (any more); discarded", entry)
         with self.changed:
+            entry.withdrawn = True  # even if its record can't be removed now
             self._remove(entry)
 
     def _outcome(self, entry: Unit) -> tuple[str, str, str, str]:
-        """status, seconds and output to report; and under what it counts."""
+        """status, seconds and output to report; and under what it counts.
+
+        Raises OSError where that can't be read now."""
         try:
             record = parse_record(read_file(self._path(entry)))
-        except (OSError, OddRecord) as error:
+        except (FileNotFoundError, OddRecord) as error:
             record = Record()
             log.warning("%s: its record can't be read: %s", entry, error)
         if record.outcome:
@@ -2576,11 +2611,16 @@ class Units:
         try:
             if ACTION_NAME.fullmatch(entry.action):
                 remove_tree(self.node.config.work_directory(entry.action, name))
+        except (OSError, RecursionError) as error:
+            log.warning("%s: can't remove its work directory: %s", entry, error)
+        try:
             remove_file(path + ".out")
             remove_file(path)
         except OSError as error:
-            log.warning("%s: can't remove all of it: %s", entry, error)
-        self._drop(entry)
+            log.warning("%s: can't remove its record: %s; trying again", entry, error)
+            self._mark_withdrawn(entry)  # for the next node
+        else:
+            self._drop(entry)
 
     def _path(self, entry: Unit) -> str:
         return os.path.join(self.node.config.units_path, str(entry.id))
@@ -2596,8 +2636,11 @@ class Units:
         for entry in self.running():
             self._cut_back(self._path(entry) + ".out")
         with self.changed:
-            for entry in [unit for unit in self.active if unit.link is None]:
-                self._look_after(entry)
+            for entry in list(self.by_name.values()):
+                if entry.state == "ended" and entry.withdrawn:
+                    self._remove(entry)  # which has failed before
+                elif entry.state != "ended" and entry.link is None:
+                    self._look_after(entry)
 
     def adopt(self, name: str) -> None:
         """Take over the record *name*, which an earlier node or fork server left."""
@@ -2608,29 +2651,33 @@ class Units:
             try:
                 locked = is_locked(path)
                 record = parse_record(read_file(path))
+                if record.unit and str(record.unit["id"]) != name:
+                    raise OddRecord("it is another unit's")
+                if record.unit is None and not locked:
+                    remove_file(path)  # nobody was ever told that it was accepted
             except FileNotFoundError:
                 return
-            except (OSError, OddRecord) as error:
+            except (IsADirectoryError, OddRecord) as error:
                 self._move_aside(path, error)
                 return
-            if record.pid is None and not locked:
-                remove_file(path)  # nobody was ever told that it was accepted
-            if record.unit is None or (record.pid is None and not locked):
+            except OSError as error:
+                log.warning("%s: can't be read: %s; trying again", path, error)
                 return
-            entry = self._from_record(record)
-            self._add(name, entry)
-            how = "still running" if locked else "settled"
-            log.info("%s of an earlier process is %s", entry, how)
-            self._look_after(entry)
+            if record.unit:
+                entry = self._from_record(record, record.unit)
+                self._add(name, entry)
+                how = "still running" if locked else "settled"
+                log.info("%s of an earlier process is %s", entry, how)
+                self._look_after(entry)
 
-    def _from_record(self, record: Record) -> Unit:
-        head = record.unit or {}
+    def _from_record(self, record: Record, head: Json) -> Unit:
         entry = Unit(
             *(head[key] for key in ("id", "job_id", "action", "stage", "digest"))
         )
         entry.pid, entry.state = record.pid, "running"
         entry.started -= max(0.0, time.time() - head["started"])
         entry.replied = True  # as far as anybody can know
+        # Without a pid nobody was told that it was accepted.
         entry.withdrawn = record.withdrawn or record.pid is None
         entry.answered.set()
         return entry
@@ -2689,14 +2736,13 @@ class Units:
     def end_all(self) -> None:
         """End every worker: TERM, and soon KILL.  Central has released their units."""
         with self.changed:
-            for entry in list(self.by_name.values()):
-                entry.withdrawn = entry.withdrawn or entry.state != "ended"
+            for entry in self.active:
+                self._mark_withdrawn(entry)
         for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
             for entry in self.running():
                 log.info(
                     "%s, worker %s: ended by %s", entry, entry.pid, signal_name(number)
                 )
-                append_to_record(self._path(entry), WITHDRAWN)
                 self.signal(entry, number)
             deadline = time.monotonic() + patience
             while self.running() and time.monotonic() < deadline:
@@ -3071,7 +3117,7 @@ class Node:
         self.started = time.monotonic()
         self.signals, self.signal_writer = os.pipe()
         self.stopping = False
-        self.overload = Overload(self.check_in_soon)
+        self.overload = Overload()
         self.units = Units(self)
         self.reporter = Reporter(self.units.deliver)
         self.check_in_loop = Repeater(self.check_in_periodically, CHECK_IN_INTERVAL)
@@ -3080,6 +3126,7 @@ class Node:
         self.load_average_now: float | None = None
         self.free_memory_now: float | None = None
         self.unknown: set[str] = set()  # what was said to be unknown
+        self.link_lock = threading.Lock()
         self.restarts = 0
 
     # Start.
@@ -3095,13 +3142,14 @@ class Node:
         write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
         self.central = Central(self.config, self.port)
         self.program = compiled(self.config)
-        self.link = self.start_fork_server(self.config)
+        self.use_fork_server(self.start_fork_server(self.config))
         try:
             serve = threading.Thread(target=self.server.serve_forever, daemon=True)
             serve.start()
             self.recover()
             self.overloaded()
             self.overload.end("starting")
+            self.overload.over = self.check_in_soon
             self.check_in(critical=True)
         except BaseException:
             self.stopping = True
@@ -3148,6 +3196,8 @@ class Node:
         if link.actions:
             return link
         link.kill()
+        if link.gone:
+            raise CrowdError(f"the fork server died while it loaded: {link.gone}")
         if not in_time:
             raise CrowdError(f"the actions did not load within {LOAD_DEADLINE} s")
         reasons = "".join(f"\n{sentence}" for _, sentence in link.problems)
@@ -3240,23 +3290,37 @@ class Node:
             self.overload.begin("start", rest[0])
         elif kind == "gone":
             self.units.orphan(link)
-            if link is getattr(self, "link", None) and not self.stopping:
-                self.replace_fork_server(rest[0])
+            self.monitor_loop.soon()
+            self.replace_fork_server(link)
 
-    def replace_fork_server(self, how: str) -> None:
-        """The fork server has died: start another; workers do not notice."""
-        log.error("the fork server has gone (%s); starting another", how)
+    def use_fork_server(self, link: ForkServerLink) -> None:
+        """Hand units to *link* from now on, even if it has just died."""
+        self.link = link
+        if link.gone:
+            self.replace_fork_server(link)
+
+    def replace_fork_server(self, link: ForkServerLink) -> None:
+        """*link* has died: start another if it was ours; workers do not notice."""
+        with self.link_lock:
+            if link is not getattr(self, "link", None) or link.replaced:
+                return
+            link.replaced = True
+        if self.stopping:
+            return
+        log.error("the fork server has gone (%s); starting another", link.gone)
         self.overload.begin("fork server", "the fork server is starting")
+        backoff = Backoff()
         while not self.stopping:
             self.restarts += 1
             try:
-                self.link = self.start_fork_server(self.config)
+                fresh = self.start_fork_server(self.config)
             except (CrowdError, OSError) as error:
-                wait = self.check_in_backoff.failed()
+                wait = backoff.failed()
                 log.error("no fork server: %s; again in %.0f s", error, wait)
                 time.sleep(wait)
             else:
                 self.overload.end("fork server")
+                self.use_fork_server(fresh)
                 return
 
     def refused(self, reason: str) -> None:
@@ -3392,7 +3456,8 @@ class Node:
             log.error("not reloaded, all stays as it was: %s", error)
             return
         old, dialect = self.link, self.central.dialect
-        self.config, self.link = config, link
+        self.config = config
+        self.use_fork_server(link)
         self.central = Central(config, self.port)
         if config.dialect == "auto":
             self.central.dialect = dialect
@@ -3990,6 +4055,9 @@ def run_node(
         except CrowdError as error:
             log.error("%s", error)
             raise
+        except Exception:
+            log.exception("the node has died of a fault of its own")
+            raise
         clean = node.clean
     except OSError as error:
         raise CrowdError(f"can't start: {error}") from None
@@ -4060,10 +4128,12 @@ def be_daemon(lock: NodeLock, load: Callable[[], Config], writer: int) -> int:
     for standard in (0, 1, 2):
         os.dup2(null, standard)
 
+    pipe = open(writer, "wb", 0)  # noqa: SIM115  closed as soon as it has been told
+
     def tell(line: str) -> None:
-        with contextlib.suppress(OSError):  # nobody may wait for it any more
-            os.write(writer, line.encode())
-        os.close(writer)
+        with contextlib.suppress(OSError, ValueError):  # nobody waits, or it is told
+            pipe.write(line.encode())
+        pipe.close()
 
     try:
         path = lock.config.state_file("node.log")

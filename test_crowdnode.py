@@ -1999,11 +1999,13 @@ class Recovery(CrowdTest):
         for name, data in (
             ("1", b""),
             ("2", head[:40]),
-            ("3", head),
+            ("3", head.replace(b"4", b"3")),
             ("4", head + b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'),
             ("5", b"crowdnode-unit 99 of the future\n"),
             ("6", b"crowdnode-unit 1 [nonsense]\n"),
             ("7", os.urandom(1000) + b"\n"),
+            ("10", head + b"pid 999999\n"),
+            ("11", b"crowdnode-unit 1 {}\n"),
             ("8", head.replace(b"4", b"8") + b"pid 999999\nwithdrawn\n"),
         ):
             with open(os.path.join(units, name), "wb") as file:
@@ -2013,23 +2015,30 @@ class Recovery(CrowdTest):
         self.assertEqual(node.central.outcome(4), ("succeeded", "found"))
         self.assertEqual(node.central.reports(4)[0]["time"], "1.5")
         wait_for(lambda: not os.path.exists(os.path.join(units, "4")), "it is settled")
-        self.assertEqual(sorted(node.units()), ["5.odd", "6.odd", "7.odd", "9.odd"])
+        self.assertEqual(
+            sorted(node.units()),
+            ["10.odd", "11.odd", "5.odd", "6.odd", "7.odd", "9.odd"],
+        )
         reported = [path for _, path, _ in node.central.calls if "/work/" in path]
         self.assertEqual(reported, ["/work/4"])
         self.assertEqual(node.do(unit(5)), ("succeeded", "x"))
 
     def test_a_stopped_fork_server_is_refused_for_and_replaced(self) -> None:
-        constants = {"START_DEADLINE": 0.3, "PROBE_DEADLINE": 0.5}
-        central = self.central()
-        node = self.node(central, constants=constants)
-        fork_server = node.status()["fork_server"]["pid"]
-        os.kill(fork_server, signal.SIGSTOP)
-        status, _, body = node.post(unit(1))
-        self.assertEqual((status, body), (503, b"Node Overloaded"))
-        self.assertIn("the fork server has not answered", node.status()["reason"])
-        wait_for(lambda: not node.status()["overloaded"], "another works")
-        self.assertNotEqual(node.status()["fork_server"]["pid"], fork_server)
-        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        constants = {"START_DEADLINE": 0.3, "PROBE_DEADLINE": 0.5, "SEND_DEADLINE": 1}
+        for size in (1, 2000000):  # the second can't even be sent
+            with self.subTest(size):
+                central = self.central()
+                node = self.node(central, constants=constants)
+                fork_server = node.status()["fork_server"]["pid"]
+                os.kill(fork_server, signal.SIGSTOP)
+                status, _, body = node.post(unit(1, input="x" * size))
+                self.assertEqual((status, body), (503, b"Node Overloaded"))
+                wait_for(lambda: node.said("work is refused: the fork server"), "why")
+                wait_for(lambda: not node.status()["overloaded"], "another works")
+                self.assertNotEqual(node.status()["fork_server"]["pid"], fork_server)
+                self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+                self.assertEqual(central.check_ins()[-1]["busy"], "false")
+                self.assertGreater(len(central.check_ins()), 1)
 
     def allow(self, path: str) -> None:
         """Let the directory be written to again."""
