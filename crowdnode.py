@@ -318,6 +318,17 @@ def kill_group(pid: int, number: int) -> bool:
     return True
 
 
+def exists(pid: int | None) -> bool:
+    """Is there a process with this pid?  Of one that is not known: perhaps."""
+    try:
+        os.kill(pid or os.getpid(), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def kill_worker(pid: int, number: int) -> None:
     """Signal the worker *pid*, which lives, and its group.
 
@@ -580,7 +591,7 @@ def read_sections(path: str) -> configparser.RawConfigParser:
 
 
 def find_config() -> str | None:
-    """The configuration file that holds where none is named."""
+    """The configuration file where none is named, if there is one."""
     here = os.path.dirname(os.path.abspath(__file__))
     for directory in (os.getcwd(), here):
         path = os.path.join(directory, "crowdnode.conf")
@@ -590,10 +601,9 @@ def find_config() -> str | None:
 
 
 def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
-    """Read the file at *path* (None: the usual places); *settings* win over it.
+    """Read the file at *path*, if there is one; *settings* win over it.
 
     Raises UsageError, naming file, section, key, value and what would do."""
-    path = os.path.abspath(path) if path else find_config()
     given: dict[str, tuple[str, str]] = {}  # key: (where it stands, value)
     actions: dict[str, Json] = {}
     if path:
@@ -637,7 +647,6 @@ def parse_action_section(where: str, items: list[tuple[str, str]]) -> Json:
 def complete_config(config: Config) -> Config:
     """Fill in what follows from the machine and from other keys; check across keys."""
     base = os.path.dirname(config.file or os.path.abspath(__file__))
-    here = os.path.dirname(os.path.abspath(__file__))
 
     def absolute(path: str) -> str:
         return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
@@ -650,8 +659,6 @@ def complete_config(config: Config) -> Config:
         config.local_storage_path or config.state_file("storage")
     )
     config.actions_path = absolute(config.actions_path)
-    if not config.file:
-        config.actions_path = os.path.join(here, config.actions_path)
     config.host = config.host or socket.gethostname()
     config.allow = config.allow or []
     config.disabled_actions = config.disabled_actions or []
@@ -1030,9 +1037,12 @@ def download_from_web(url: str, path: str) -> None:
     import urllib.request  # the fork server has it by now; see ForkServer.start
     import zlib
 
+    # Only the environment's proxies: macOS's settings can't be read after a fork.
+    proxies = urllib.request.ProxyHandler(urllib.request.getproxies_environment())
+    opener = urllib.request.build_opener(proxies)
     request = urllib.request.Request(url, headers={"User-Agent": "crowdnode"})
     try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as reply:
+        with opener.open(request, timeout=DOWNLOAD_TIMEOUT) as reply:
             encoding = (reply.headers.get("Content-Encoding") or "").lower()
             unpack = zlib.decompressobj(47) if encoding in ("gzip", "deflate") else None
             length = reply.headers.get("Content-Length")
@@ -1629,12 +1639,12 @@ class ForkServer:
 
     def start(self, digest: str, unit: Json) -> None:
         """Accept *unit*: write its record, fork its worker, say its pid."""
-        if WEB_URL.match(unit["input"]):
-            import urllib.request  # noqa: F401  once here, not in each worker
         path = os.path.join(self.config.units_path, str(unit["id"]))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         record = -1
         try:
+            if WEB_URL.match(unit["input"]):
+                import urllib.request  # noqa: F401  once here, not in each worker
             record = os.open(path, flags, 0o600)
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_all(record, first_line(unit, digest))
@@ -1703,6 +1713,18 @@ class ForkServer:
             child = self.children.pop(pid, None)
             if child:
                 self._send("ended", child.unit_id, status, child.timed_out)
+            if len(self.deadlines) > 2 * len(self.children) + 100:
+                self._forget_deadlines()
+
+    def _forget_deadlines(self) -> None:
+        """Drop those of workers that have ended: they might be days away."""
+        self.deadlines = [
+            deadline
+            for deadline in self.deadlines
+            if deadline[1] in self.children
+            and self.children[deadline[1]].deadline == deadline[0]
+        ]
+        heapq.heapify(self.deadlines)
 
     def _keep_time(self) -> None:
         """TERM, and a little later KILL, for workers over their time limit."""
@@ -1911,6 +1933,7 @@ class Repeater:
         self.interval = interval
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
+        self._turn = 0  # of the last timer: a cancelled one may run all the same
         self._running = self._again = self._stopped = False
 
     def start(self) -> None:
@@ -1921,10 +1944,11 @@ class Repeater:
     def soon(self) -> None:
         """Do the next step now, or again when the one under way is done."""
         with self._lock:
-            self._again = self._running or not self._timer
-            if self._timer and not self._running and not self._stopped:
-                self._timer.cancel()
-                self._arm(0)
+            if self._running or not self._timer:
+                self._again = True
+            elif not self._stopped:
+                with contextlib.suppress(RuntimeError):  # no thread: then in its time
+                    self._arm(0)
 
     def stop(self) -> None:
         """Do no further step."""
@@ -1934,17 +1958,27 @@ class Repeater:
                 self._timer.cancel()
 
     def _arm(self, delay: float) -> None:
-        self._timer = threading.Timer(delay, self._run)
-        self._timer.daemon = True
-        self._timer.start()
+        """Raises RuntimeError, and changes nothing, where no thread is to be had."""
+        timer = threading.Timer(delay, self._run, [self._turn + 1])
+        timer.daemon = True
+        timer.start()
+        self._turn += 1
+        if self._timer:
+            self._timer.cancel()
+        self._timer = timer
 
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._running, self._again = True, False
+    def _run(self, turn: int) -> None:
+        with self._lock:
+            if self._running or turn != self._turn:
+                return
+            self._running = True
+        armed = False
+        while not armed:
+            self._again = False
             delay = None
             try:
-                delay = self.step()
+                if not self._stopped:
+                    delay = self.step()
             except OSError as error:  # no descriptor to be had, a disk that fails
                 log.warning("a step failed: %s", error)
             except Exception:
@@ -1952,19 +1986,18 @@ class Repeater:
             finally:
                 delay = self.interval if delay is None else delay
                 armed = self._rearm(delay)
-            if armed:
-                return
-            time.sleep(max(delay, 1))
+            if not armed:
+                time.sleep(max(delay, 1))
 
     def _rearm(self, delay: float) -> bool:
         """False where no thread is to be had: then the one that is here goes on."""
         with self._lock:
-            self._running = False
             try:
                 if not self._stopped:
                     self._arm(0 if self._again else delay)
             except RuntimeError:
                 return False
+            self._running = False
             return True
 
 
@@ -2169,11 +2202,11 @@ class ForkServerLink:
         self._reader.start()
         self.send("configure", vars(config))
 
-    def send(self, *message: Any) -> None:
-        """Send one message; the end of the link answers one that can't be sent."""
-        self.send_line(json.dumps(message).encode() + b"\n")
+    def send(self, *message: Any) -> bool:
+        """Send one message; False where the fork server has gone."""
+        return self.send_line(json.dumps(message).encode() + b"\n")
 
-    def send_line(self, line: bytes) -> None:
+    def send_line(self, line: bytes) -> bool:
         """See send."""
         with self._send_lock:
             try:
@@ -2182,7 +2215,8 @@ class ForkServerLink:
                 log.error("the fork server has not read for %d s", SEND_DEADLINE)
                 self.kill()
             except OSError:
-                pass  # it has gone, which _read has noticed or will
+                return False
+            return True
 
     def finish(self) -> None:
         """Let it finish its workers; it gets no more units."""
@@ -2258,6 +2292,41 @@ class ForkServerLink:
 # ---------------------------------------------------------------------------
 
 
+def put_away(directory: str) -> None:
+    """Remove a work directory.  What a killed worker has left in it may take long to
+    remove, so that is renamed, and removed by a thread of its own."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        rubbish = f"{directory}.{time.monotonic_ns()}{RUBBISH}"
+        try:
+            os.rename(directory, rubbish)
+            threading.Thread(target=sweep, args=[rubbish], daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            log.warning("can't remove %s: %s", directory, error)
+
+
+def sweep(rubbish: str) -> None:
+    """Remove a directory that nobody needs."""
+    try:
+        remove_tree(rubbish)
+    except (OSError, RecursionError) as error:
+        log.warning("can't remove %s: %s", rubbish, error)
+
+
+def sweep_all(temp_storage_path: str) -> None:
+    """Remove what an earlier node had put away and did not get round to."""
+    for action in os.listdir(temp_storage_path):
+        path = os.path.join(temp_storage_path, action)
+        if ACTION_NAME.fullmatch(action) and os.path.isdir(path):
+            for name in os.listdir(path):
+                if name.endswith(RUBBISH):
+                    sweep(os.path.join(path, name))
+
+
+RUBBISH = ".rubbish"  # how the name of a directory ends that has been put away
 COUNTS = (
     "accepted", "refused", "succeeded", "failed", "died", "timed_out", "reported"
 )  # fmt: skip
@@ -2350,7 +2419,8 @@ class Units:
             entry, is_new = self._enter(name, unit, digest, deadline)
             if is_new and entry.link:
                 message = f'["unit", "{digest}", {line}]\n'
-                entry.link.send_line(message.encode())
+                if not entry.link.send_line(message.encode()):
+                    self.refused(entry.link, name, "the fork server has gone")
             if not entry.answered.wait(max(0.0, deadline - time.monotonic())):
                 self._give_up(entry)
             if entry.refusal is None:
@@ -2360,6 +2430,8 @@ class Units:
             if time.monotonic() > deadline:
                 raise NodeOverloaded(f"the record of unit {name} can't be settled")
             self.adopt(name)  # memory did not know it: answer from the record
+            if name not in self.by_name:
+                time.sleep(0.05)  # whoever writes it is about to end
 
     def replied(self, entry: Unit, written: bool) -> None:
         """The reply with the pid has been written, or could not be.
@@ -2367,6 +2439,7 @@ class Units:
         If not, central believes that it was never taken: so it is not."""
         with self.changed:
             entry.replies_due -= 1
+            self.changed.notify_all()
             entry.replied = entry.replied or written
             if entry.replied:
                 if entry.state == "ended" and not entry.settled:
@@ -2532,11 +2605,11 @@ class Units:
     def _end(self, entry: Unit) -> None:
         """The worker has ended: report the outcome once central knows the pid."""
         entry.state = "ended"
-        self._make_room(entry)
         if entry.withdrawn:
             self._remove(entry)
         elif entry.replied:
             self._settle(entry)
+        self._make_room(entry)
 
     def _settle(self, entry: Unit) -> None:
         """Hand *entry* to the reporters: it ended, in whatever way."""
@@ -2546,8 +2619,10 @@ class Units:
     def deliver(self, entry: Unit) -> None:
         """Report *entry* and forget it.  Raises CentralError: to be tried again."""
         status, seconds, output, kind = self._outcome(entry)
-        if entry.withdrawn:
-            return
+        with self.changed:  # central may just be asking again for the pid
+            self.changed.wait_for(lambda: not entry.replies_due, START_DEADLINE)
+            if entry.withdrawn:
+                return
         if not entry.told:
             entry.told = True
             self.tally(kind)
@@ -2608,11 +2683,8 @@ class Units:
         if self.by_name.get(name) is not entry:
             return  # superseded, and the files of that name are another's
         path = self._path(entry)
-        try:
-            if ACTION_NAME.fullmatch(entry.action):
-                remove_tree(self.node.config.work_directory(entry.action, name))
-        except (OSError, RecursionError) as error:
-            log.warning("%s: can't remove its work directory: %s", entry, error)
+        if ACTION_NAME.fullmatch(entry.action):
+            put_away(self.node.config.work_directory(entry.action, name))
         try:
             remove_file(path + ".out")
             remove_file(path)
@@ -2657,7 +2729,7 @@ class Units:
                     remove_file(path)  # nobody was ever told that it was accepted
             except FileNotFoundError:
                 return
-            except (IsADirectoryError, OddRecord) as error:
+            except (IsADirectoryError, PermissionError, OddRecord) as error:
                 self._move_aside(path, error)
                 return
             except OSError as error:
@@ -2695,7 +2767,8 @@ class Units:
             log.warning("%s: its record can't be read: %s", entry, error)
             return
         entry.pid = record.pid
-        if not locked or record.outcome:
+        # A child that a worker has forked may hold the lock of a dead one.
+        if not locked or record.outcome or not exists(record.pid):
             self._end_group(path, record.pid)
             self._end(entry)
             return
@@ -2712,11 +2785,8 @@ class Units:
         where a process with that pid lives, the number is somebody else's."""
         booted = time.time() - time.monotonic()
         with contextlib.suppress(OSError):
-            if pid is not None and os.stat(path).st_mtime > booted:
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
-                    kill_group(pid, signal.SIGKILL)
+            if pid and os.stat(path).st_mtime > booted and not exists(pid):
+                kill_group(pid, signal.SIGKILL)
 
     def _move_aside(self, path: str, error: Exception) -> None:
         log.error("the record %s can't be used: %s; moved to %s.odd", path, error, path)
@@ -3053,8 +3123,10 @@ class Handler(HandlerBase):
             raise BadRequest("work_unit is nested too deeply") from None
         except NodeOverloaded as error:
             units.tally("refused")
-            self.server.node.refused(str(error))
-            self.reply(503, OVERLOADED_MESSAGE)
+            try:
+                self.reply(503, OVERLOADED_MESSAGE)
+            finally:  # central takes this node for busy from here on
+                self.server.node.refused(str(error))
             return
         written = False
         try:
@@ -3126,6 +3198,7 @@ class Node:
         self.load_average_now: float | None = None
         self.free_memory_now: float | None = None
         self.unknown: set[str] = set()  # what was said to be unknown
+        self.link: ForkServerLink | None = None
         self.link_lock = threading.Lock()
         self.restarts = 0
 
@@ -3142,10 +3215,10 @@ class Node:
         write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
         self.central = Central(self.config, self.port)
         self.program = compiled(self.config)
-        self.use_fork_server(self.start_fork_server(self.config))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
         try:
-            serve = threading.Thread(target=self.server.serve_forever, daemon=True)
-            serve.start()
+            self.link = self.start_fork_server(self.config)
+            self.look_to(self.link)
             self.recover()
             self.overloaded()
             self.overload.end("starting")
@@ -3153,7 +3226,8 @@ class Node:
             self.check_in(critical=True)
         except BaseException:
             self.stopping = True
-            self.link.finish()
+            if self.link:
+                self.link.finish()
             raise
         self.check_in_loop.start()
         self.monitor_loop.start()
@@ -3209,13 +3283,14 @@ class Node:
     @property
     def enabled_actions(self) -> list[str]:
         """The names of the actions that this node does."""
-        return sorted(self.link.actions)
+        return sorted(self.link.actions) if self.link else []
 
     def recover(self) -> None:
         """Settle what an earlier node has left; have central let go of the rest.
 
         Central never expires the units of a node that just checks in again, so after
         an unclean end this node checks out first, unless workers still live."""
+        sweep_all(self.config.temp_storage_path)
         self.units.look()
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while self.units.unreported() and not self.reporter.central_is_away:
@@ -3289,39 +3364,46 @@ class Node:
         elif kind == "tried":
             self.overload.begin("start", rest[0])
         elif kind == "gone":
+            ours = self.lose(link)
             self.units.orphan(link)
+            if ours:
+                self.replace_fork_server(link)
             self.monitor_loop.soon()
-            self.replace_fork_server(link)
 
-    def use_fork_server(self, link: ForkServerLink) -> None:
-        """Hand units to *link* from now on, even if it has just died."""
-        self.link = link
-        if link.gone:
-            self.replace_fork_server(link)
+    def lose(self, link: ForkServerLink) -> bool:
+        """*link* has gone: was it ours, and is it for the caller to replace it?"""
+        with self.link_lock:
+            ours = link is self.link and not link.replaced and not self.stopping
+            link.replaced = link.replaced or ours
+        if ours:
+            log.error("the fork server has gone (%s); starting another", link.gone)
+            self.overload.begin("fork server", "the fork server is starting")
+        return ours
 
     def replace_fork_server(self, link: ForkServerLink) -> None:
-        """*link* has died: start another if it was ours; workers do not notice."""
-        with self.link_lock:
-            if link is not getattr(self, "link", None) or link.replaced:
-                return
-            link.replaced = True
-        if self.stopping:
-            return
-        log.error("the fork server has gone (%s); starting another", link.gone)
-        self.overload.begin("fork server", "the fork server is starting")
+        """Start another fork server instead of *link*; workers do not notice."""
         backoff = Backoff()
-        while not self.stopping:
+        while not self.stopping and self.link is link:
             self.restarts += 1
             try:
                 fresh = self.start_fork_server(self.config)
-            except (CrowdError, OSError) as error:
+            except (CrowdError, OSError, RuntimeError) as error:
                 wait = backoff.failed()
                 log.error("no fork server: %s; again in %.0f s", error, wait)
                 time.sleep(wait)
-            else:
-                self.overload.end("fork server")
-                self.use_fork_server(fresh)
-                return
+                continue
+            with self.link_lock:  # a reload may have been quicker
+                is_wanted = self.link is link
+                self.link = fresh if is_wanted else self.link
+            if not is_wanted:
+                fresh.finish()
+            self.overload.end("fork server")
+            self.look_to(fresh)
+
+    def look_to(self, link: ForkServerLink) -> None:
+        """Replace *link* if it had gone before it was ours."""
+        if link.gone and self.lose(link):
+            self.replace_fork_server(link)
 
     def refused(self, reason: str) -> None:
         """A unit was refused, so central takes this node for busy until it checks in:
@@ -3390,15 +3472,14 @@ class Node:
     def probe_fork_server(self) -> None:
         """While a start has failed: is it over?  One that is silent is replaced."""
         link, now = self.link, time.monotonic()
-        if not self.overload.has("start"):
+        if link is None or not self.overload.has("start"):
             return
         if link.probed is None:
             link.probed = now
             link.send("try")
         elif now - link.probed > PROBE_DEADLINE:
             log.error("the fork server has not answered for %d s", PROBE_DEADLINE)
-            link.kill()
-            self.overload.end("start")
+            link.kill()  # what replaces it is probed in its turn
 
     def status(self) -> Json:
         """What GET /status answers: seconds, MB, null where unknown."""
@@ -3423,7 +3504,10 @@ class Node:
             "reason": self.overload.reason,
             "load_average": self.load_average_now,
             "free_memory": self.free_memory_now and round(self.free_memory_now, 1),
-            "fork_server": {"pid": self.link.pid, "restarts": self.restarts},
+            "fork_server": {
+                "pid": self.link.pid if self.link else None,
+                "restarts": self.restarts,
+            },
             "running": [
                 {
                     "id": unit.id,
@@ -3455,13 +3539,15 @@ class Node:
         except (CrowdError, OSError) as error:
             log.error("not reloaded, all stays as it was: %s", error)
             return
-        old, dialect = self.link, self.central.dialect
-        self.config = config
-        self.use_fork_server(link)
+        self.config, dialect = config, self.central.dialect
         self.central = Central(config, self.port)
         if config.dialect == "auto":
             self.central.dialect = dialect
-        old.finish()
+        with self.link_lock:
+            old, self.link = self.link, link
+        if old:
+            old.finish()
+        self.look_to(link)
         log.setLevel(config.log_level.upper())
         log.info("reloaded; actions: %s", ", ".join(self.enabled_actions))
         self.check_in_soon()
@@ -3479,8 +3565,9 @@ class Node:
                 break  # a second signal
         self.clean = self.check_out()
         self.units.end_all()
-        self.link.finish()
-        self.link.wait(KILL_GRACE)
+        if self.link:
+            self.link.finish()
+            self.link.wait(KILL_GRACE)
         for process in list(running_commands):
             kill_group(process.pid, signal.SIGKILL)
         log.info("stopped")

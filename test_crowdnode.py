@@ -1536,6 +1536,13 @@ class Mixed(Action):
     def is_nice(self):
         return os.nice(0)
 
+    def sleeps_with_files(self):
+        for number in range(20):
+            open(f"file {number}", "w").close()
+        os.mkdir("locked")
+        os.chmod("locked", 0)
+        time.sleep(60)
+
     def leaves_a_child(self):
         if os.fork() == 0:
             time.sleep(60)
@@ -1716,6 +1723,16 @@ class Actions(SharedNode):
         before = set(our_processes())
         self.do("leaves_a_child")
         wait_for(lambda: not set(our_processes()) - before, "the child is gone")
+
+    def test_what_a_killed_worker_leaves_in_its_work_directory_is_removed(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "mixed", options={"do": "sleeps_with_files"}))
+        work = self.shared.path("state", "work", "mixed")
+        locked = os.path.join(work, f"unit_{id}", "locked")
+        wait_for(lambda: os.path.exists(locked), "the files are there")
+        os.kill(pid, signal.SIGKILL)
+        self.shared_central.outcome(id)
+        wait_for(lambda: not os.listdir(work), "all of it is gone")
 
     def test_a_program_in_any_language_is_an_action(self) -> None:
         for text, stage, wanted in (
@@ -1935,6 +1952,32 @@ class Recovery(CrowdTest):
         self.assertEqual(central.outcome(1), ("failed", "time_limit of 1 s exceeded"))
         outcome = central.outcome(2)
         self.assertEqual(outcome, ("failed", "the worker died while nobody watched it"))
+
+    def test_a_child_that_holds_the_lock_of_a_dead_orphan_does_not_keep_it_alive(
+        self,
+    ) -> None:
+        forks = ECHO.replace("return self.input", "os.fork(); time.sleep(60)")
+        central = self.central()
+        node = self.node(central, actions={"forks.py": forks.replace("Echo", "Forks")})
+        pid = node.take(unit(1, "forks"))
+        wait_for(lambda: len(our_processes()) == 4, "the child is there")
+        os.kill(node.status()["fork_server"]["pid"], signal.SIGKILL)
+        wait_for(lambda: not node.status()["overloaded"], "another is there")
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual(central.outcome(1)[0], "failed")
+        wait_for(lambda: len(our_processes()) == 2, "the child is gone")
+
+    def test_a_loop_that_is_hurried_stays_one_loop(self) -> None:
+        steps: list[int] = []
+        loop = crowdnode.Repeater(lambda: steps.append(1), 60)
+        timers = threading.active_count()
+        loop.start()
+        for _ in range(2000):
+            loop.soon()
+        wait_for(lambda: steps, "a step")
+        wait_for(lambda: threading.active_count() == timers + 1, "one timer is left")
+        loop.stop()
+        wait_for(lambda: threading.active_count() == timers, "none is left")
 
     def test_after_a_kill_of_the_node_the_next_one_settles_everything(self) -> None:
         central = self.central()
