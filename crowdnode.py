@@ -3554,9 +3554,9 @@ class Node:
 
     def shut_down(self) -> None:
         """Refuse new work, wait drain_time for what runs, check out, end the rest."""
-        log.info("stopping; %d units are running", len(self.units.active))
         self.stopping = True
         self.overload.begin("stopping", "the node is stopping")
+        log.info("stopping; %d units are running", len(self.units.active))
         self.monitor_loop.stop()
         self.check_in_loop.stop()
         deadline = time.monotonic() + self.config.drain_time
