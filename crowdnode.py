@@ -3185,7 +3185,7 @@ class Node:
         self.config = config
         self.load = load
         self.unclean = unclean
-        self.clean = False  # checked out: the next node need not
+        self.clean = not unclean  # central has nothing of ours: no need to check out
         self.started = time.monotonic()
         self.signals, self.signal_writer = os.pipe()
         self.stopping = False
@@ -3208,26 +3208,16 @@ class Node:
         """Start, call *started*, work until a signal comes, and stop.
 
         Raises CrowdError where it can't start."""
-        self.trap_signals()
+        self.trap_signals(self.stop_starting)
         self.overload.begin("starting", "the node is starting")
-        self.server = listen(self)
-        self.port = int(self.server.server_address[1])
-        write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
-        self.central = Central(self.config, self.port)
-        self.program = compiled(self.config)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
         try:
-            self.link = self.start_fork_server(self.config)
-            self.look_to(self.link)
-            self.recover()
-            self.overloaded()
-            self.overload.end("starting")
-            self.overload.over = self.check_in_soon
-            self.check_in(critical=True)
-        except BaseException:
+            self.start()
+        except BaseException as error:
             self.stopping = True
             if self.link:
                 self.link.finish()
+            if isinstance(error, KeyboardInterrupt):
+                raise CrowdError(f"stopped by {error} while starting") from None
             raise
         self.check_in_loop.start()
         self.monitor_loop.start()
@@ -3242,15 +3232,40 @@ class Node:
             self.reload()
         self.shut_down()
 
-    def trap_signals(self) -> None:
-        """A signal only writes its number into a pipe.
+    def start(self) -> None:
+        """Listen first, for an old central hands out work before it has answered the
+        check-in, which comes last."""
+        self.server = listen(self)
+        self.port = int(self.server.server_address[1])
+        write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
+        self.central = Central(self.config, self.port)
+        self.program = compiled(self.config)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.link = self.start_fork_server(self.config)
+        self.look_to(self.link)
+        self.recover()
+        self.overloaded()
+        self.overload.end("starting")
+        self.overload.over = self.check_in_soon
+        self.clean = False
+        self.check_in(critical=True)
+        self.trap_signals(lambda number, frame: None)
 
-        Python does so in whichever thread the kernel has picked; the handlers proper
-        would wait until the main thread, which sleeps, happens to wake."""
+    def trap_signals(self, stop: Callable[[int, Any], None]) -> None:
+        """Have a signal write its number into a pipe, and the signals that stop the
+        node call *stop*.
+
+        Python writes in whichever thread the kernel has picked; the handlers proper
+        may wait until the main thread, which sleeps, happens to wake."""
         os.set_blocking(self.signal_writer, False)
         signal.set_wakeup_fd(self.signal_writer)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, stop)
+
+    def stop_starting(self, number: int, frame: Any) -> None:
+        """The start may wait for minutes: for modules that load, for central."""
+        raise KeyboardInterrupt(signal_name(number))
 
     def next_signal(self, seconds: float | None = None) -> int | None:
         """Wait for a signal; None where none comes in time."""
@@ -4123,7 +4138,7 @@ def run_node(
     import_node_modules()
     os.umask(0o077)
     config = lock.config
-    clean = not lock.unclean
+    node = None
     try:
         prepare_directories(config)
         set_up_log(log_path, config.log_level)
@@ -4145,11 +4160,10 @@ def run_node(
         except Exception:
             log.exception("the node has died of a fault of its own")
             raise
-        clean = node.clean
     except OSError as error:
         raise CrowdError(f"can't start: {error}") from None
     finally:
-        lock.release(clean)
+        lock.release(node.clean if node else not lock.unclean)
     return EXIT_OK
 
 

@@ -876,6 +876,27 @@ class CheckIn(CrowdTest):
         central.start()
         wait_for(lambda: len(central.check_ins()) > count, "a check-in")
 
+    def test_a_start_that_waits_for_central_can_be_stopped(self) -> None:
+        central = self.central()
+        over = threading.Event()
+        self.addCleanup(over.set)
+        central.answer = lambda method, path, _: 204 if over.wait(DEADLINE) else None
+        node = self.prepared(central).start(wait=False)
+        wait_for(central.check_ins, "it waits for an answer")
+        assert node.process
+        node.process.send_signal(signal.SIGINT)
+        self.assertEqual(node.process.wait(DEADLINE), 1)
+        self.assertFalse(over.is_set())
+        said = "crowdnode: stopped by SIGINT while starting"
+        self.assertEqual(node.said(said), 1)
+        self.assertNotIn("Traceback", node.log())
+        over.set()
+        central.answer = lambda method, path, _: None
+        del central.calls[:]
+        node.start()
+        methods = [method for method, _, _ in central.calls]
+        self.assertEqual(methods, ["DELETE", "PUT"], "central may have taken it")
+
     def test_central_may_hand_out_work_before_it_answers_a_check_in(self) -> None:
         central = self.central()
         node = self.prepared(central)
