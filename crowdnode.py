@@ -4024,10 +4024,10 @@ class NodeLock:
         self.unclean = False
         self._descriptor = -1
 
-    def acquire(self, patience: float = 0.3) -> bool:
+    def acquire(self, patience: float) -> bool:
         """Take the lock; False where a node has it.  Raises OSError.
 
-        With some patience, for holder() takes it too, for a moment."""
+        It may take some patience (seconds): holder() takes it too, for a moment."""
         deadline = time.monotonic() + patience
         make_private_directory(self.config.state_path)
         while True:
@@ -4179,7 +4179,7 @@ def run_in_foreground(
 ) -> int:
     """A node in the foreground, its log on standard error."""
     lock = NodeLock(config)
-    if not acquire(lock):
+    if not acquire(lock, 0.3):
         raise CrowdError(
             f"a node runs here already, as process {lock.holder()} "
             f"(state_path {config.state_path})"
@@ -4187,10 +4187,10 @@ def run_in_foreground(
     return run_node(lock, load, None, lambda: None, attended)
 
 
-def acquire(lock: NodeLock) -> bool:
+def acquire(lock: NodeLock, patience: float) -> bool:
     """Take the lock.  Raises CrowdError where that can't even be tried."""
     try:
-        return lock.acquire()
+        return lock.acquire(patience)
     except OSError as error:
         path = lock.config.state_path
         raise CrowdError(f"state_path: can't use {path}: {error.strerror}") from None
@@ -4201,7 +4201,7 @@ def run_in_background(config: Config, load: Callable[[], Config]) -> int:
     os.closerange(3, 256)  # what cron or a shell has left open
     lock = NodeLock(config)
     give_up = time.monotonic() + WEDGED_AFTER
-    while not acquire(lock):
+    while not acquire(lock, 0):
         if ask(config, "/heartbeat"):
             return EXIT_OK
         if time.monotonic() > give_up:
