@@ -368,7 +368,7 @@ def whole(low: int, high: int, unit: str = "") -> Callable[[str], int]:
     """A parser of a whole number from *low* to *high*."""
 
     def parse(value: str) -> int:
-        if re.fullmatch(r"-?\d{1,12}", value) and low <= int(value) <= high:
+        if re.fullmatch(r"-?[0-9]{1,12}", value) and low <= int(value) <= high:
             return int(value)
         raise ValueError(f"must be a whole number from {low} to {high}{unit}")
 
@@ -380,7 +380,7 @@ def decimal(low: float, high: float, unit: str = "") -> Callable[[str], float]:
 
     def parse(value: str) -> float:
         if (
-            re.fullmatch(r"\d{1,12}(\.\d{1,12})?", value)
+            re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", value)
             and low <= float(value) <= high
         ):
             return float(value)
@@ -580,7 +580,7 @@ def read_sections(path: str) -> configparser.RawConfigParser:
     parser = configparser.RawConfigParser(default_section="\0")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read: {error}") from None
@@ -649,7 +649,10 @@ def complete_config(config: Config) -> Config:
     base = os.path.dirname(config.file or os.path.abspath(__file__))
 
     def absolute(path: str) -> str:
-        return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+        expanded = os.path.expanduser(path)
+        if expanded.startswith("~"):
+            raise UsageError(f"{path}: there is no such home directory; set state_path")
+        return os.path.normpath(os.path.join(base, expanded))
 
     config.state_path = absolute(config.state_path)
     config.temp_storage_path = absolute(
@@ -889,7 +892,7 @@ class FilesystemStore(AssetStore):
         while not os.path.lexists(path):
             path = os.path.dirname(path)
         if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "is no writable directory", path)
+            raise PermissionError(errno.EACCES, f"{path} is no writable directory")
 
     def save(self, local_path: str, save_path: str) -> str:
         """See AssetStore.  Who finds the file under its name finds all of it."""
@@ -2380,7 +2383,7 @@ def parse_unit(text: str) -> Json:
         plain = isinstance(value, (int, str)) and not isinstance(value, bool)
         if not plain or not UNIT_ID.fullmatch(str(value)):
             raise BadRequest(
-                f"the unit's {key} is no number and not 1 to 64 of A-Z, a-z, 0-9, _, -"
+                f"the unit's {key} is no whole number and not 1 to 64 of A-Za-z0-9_-"
             )
     if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
         raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
@@ -3662,6 +3665,7 @@ class LocalCentral:
         self.merged: Task | None = None
         self.total = 0
         self.node: str | None = None  # HOST:PORT
+        self.known = False  # it has checked in at least once
         self.busy = False
         self.room = 0
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -3712,7 +3716,7 @@ class LocalCentral:
         if "port" in fields or ":" not in name or not fields.get("enabled_actions"):
             return 500  # the other dialect
         with self.changed:
-            self.node = name
+            self.node, self.known = name, True
             self.busy = fields.get("busy") == "true"
             self.room = int(fields.get("max_workers") or 0)
             self.changed.notify_all()
@@ -3802,7 +3806,7 @@ class LocalCentral:
             "options": self.options,
             "status": task.status,
         }
-        data = urllib.parse.urlencode({"work_unit": to_json(unit)}).encode()
+        data = urllib.parse.urlencode({"work_unit": json.dumps(unit)}).encode()
         headers = {"Authorization": basic_credentials(self.config)}
         request = urllib.request.Request(f"http://{node}/work", data, headers)
         try:
@@ -3864,7 +3868,8 @@ class LocalRun:
 
     def run(self, inputs: list[str]) -> int:
         """Do the job; print its outputs.  Returns the exit status."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)
         try:
             self.config.central_server = f"http://127.0.0.1:{self.central.start()}"
             write_config(self.config, self._path("crowdnode.conf"))
@@ -3875,7 +3880,8 @@ class LocalRun:
             return EXIT_INTERRUPTED
         finally:
             self._clean_up()
-        print(json.dumps(self.central.outputs(), ensure_ascii=False))
+        is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+        print(json.dumps(self.central.outputs(), ensure_ascii=not is_utf8))
         return EXIT_FAILED if self.central.failures else EXIT_OK
 
     def _path(self, name: str) -> str:
@@ -3900,6 +3906,10 @@ class LocalRun:
                 "temp_storage_path": self._path("work"),
                 "max_workers": config.max_workers or processors(),
                 "drain_time": 0.0,
+                # Who asks for a job wants it now.
+                "max_load": None,
+                "min_free_memory": None,
+                "min_available_memory": None,
             }
         )
 
@@ -3919,7 +3929,7 @@ class LocalRun:
         while not self.central.finished.wait(0.05 if starts else 0):
             self._show(inputs)
             if self.node is None or self.node.poll() is not None:
-                if starts == 5:
+                if starts == 5 or (starts and not self.central.known):
                     raise CrowdError(f"the node does not run:\n{self._log_tail()}")
                 self._start_node()
                 starts += 1
@@ -4001,6 +4011,8 @@ def input_of(argument: str) -> str:
     if URL.fullmatch(argument):
         return argument
     path = os.path.abspath(argument)
+    if not argument:
+        raise UsageError("an INPUT is empty; for plain strings there is --strings")
     if os.path.isfile(path):
         return file_url(path)
     kind = "a directory" if os.path.isdir(path) else "no file and no URL"
@@ -4070,6 +4082,11 @@ class NodeLock:
                 return int(read_file(self.path) or 0) or None
         except (FileNotFoundError, ValueError):
             pass
+        except OSError as error:
+            path = self.config.state_path
+            raise CrowdError(
+                f"state_path: can't use {path}: {error.strerror}"
+            ) from None
         return None
 
 
@@ -4106,12 +4123,26 @@ def prepare_directories(config: Config) -> None:
                 raise PermissionError(errno.EACCES, "not writable")
         except OSError as error:
             raise CrowdError(f"{key}: can't use {path}: {error.strerror}") from None
+
+
+def check_storage(config: Config) -> None:
+    """Raise CrowdError where what actions save can't be kept."""
     try:
         STORES[config.storage](config).check()
     except OSError as error:
         raise CrowdError(
-            f"storage = {config.storage}: {error.filename}: {error.strerror}"
+            f"storage = {config.storage}, local_storage_path = "
+            f"{config.local_storage_path}: can't be used: {error.strerror}"
         ) from None
+
+
+def state_warnings(config: Config) -> list[str]:
+    """What a person should know of the files that the node uses."""
+    found = list(config.warnings)
+    if os.stat(config.state_path).st_mode & 0o077:
+        path = config.state_path
+        found.append(f"state_path: others can look into {path}: chmod 700 {path}")
+    return found
 
 
 def allow_descriptors() -> None:
@@ -4136,15 +4167,16 @@ def run_node(
 ) -> int:
     """Be the node, with *lock* held, until a signal stops it.  Raises CrowdError."""
     import_node_modules()
-    os.umask(0o077)
     config = lock.config
     node = None
     try:
         prepare_directories(config)
+        if not attended:  # a job of --run may well save nothing
+            check_storage(config)
         set_up_log(log_path, config.log_level)
         lock.write_pid()
         allow_descriptors()
-        for warning in config.warnings:
+        for warning in state_warnings(config):
             log.warning("%s", warning)
         node = Node(config, load, lock.unclean)
         if attended:
@@ -4189,6 +4221,7 @@ def run_in_foreground(
 
 def acquire(lock: NodeLock, patience: float) -> bool:
     """Take the lock.  Raises CrowdError where that can't even be tried."""
+    os.umask(0o077)  # from here on all that is made is this user's alone
     try:
         return lock.acquire(patience)
     except OSError as error:
@@ -4209,7 +4242,6 @@ def run_in_background(config: Config, load: Callable[[], Config]) -> int:
             give_up = time.monotonic() + WEDGED_AFTER
         time.sleep(0.1)
     reader, writer = os.pipe()
-    sys.stderr.flush()
     pid = os.fork()
     if pid:
         os.close(writer)
@@ -4268,11 +4300,20 @@ def replace_node(lock: NodeLock) -> None:
     end_node(lock, pid, TERM_GRACE)
 
 
+def send_signal(pid: int, number: int) -> None:
+    """Signal a node, if it is still there.  Raises CrowdError."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise CrowdError(f"the node, process {pid}, is another user's") from None
+
+
 def end_node(lock: NodeLock, pid: int, patience: float) -> None:
     """TERM, KILL after *patience* seconds; returns when the lock is free."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        send_signal(pid, number)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if lock.holder() != pid:
@@ -4326,7 +4367,7 @@ def reload_node(config: Config) -> int:
     if pid is None:
         print("crowdnode: no node runs here", file=sys.stderr)
         return EXIT_NOT_RUNNING
-    os.kill(pid, signal.SIGHUP)
+    send_signal(pid, signal.SIGHUP)
     return EXIT_OK
 
 
@@ -4379,14 +4420,15 @@ def print_status(status: Json) -> None:
 def check(config: Config) -> int:
     """--check: a line each for what is in order and what is not."""
     lines = [("ok", f"configuration: {config.file or 'no file, all defaults'}")]
-    lines += [("warning", warning) for warning in config.warnings]
     loader = ActionLoader(config)
     actions = ", ".join(sorted(loader.load()))
     lines += loader.problems
     lines.append(("ok", f"actions: {actions}") if actions else ("error", "no action"))
     try:
         prepare_directories(config)
+        check_storage(config)
         lines.append(("ok", f"directories: {config.state_path}"))
+        lines += [("warning", warning) for warning in state_warnings(config)]
     except CrowdError as error:
         lines.append(("error", str(error)))
     problems = host_problems(config)
@@ -4404,13 +4446,15 @@ def check(config: Config) -> int:
 
 def run_job(config: Config, arguments: argparse.Namespace) -> int:
     """--run"""
-    action, *inputs = arguments.run
-    if inputs == ["-"]:
-        inputs = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    inputs = arguments.inputs
+    if "-" in inputs:
+        lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        place = inputs.index("-")
+        inputs[place : place + 1] = lines
     if not inputs:
         raise UsageError("--run: needs at least one INPUT")
     try:
-        options = strict_json(arguments.options)
+        options = strict_json(arguments.options or "{}")
     except ValueError as error:
         raise UsageError(
             f"--options {arguments.options}: is not JSON: {error}"
@@ -4418,11 +4462,11 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
     if not isinstance(options, dict):
         raise UsageError(f"--options {arguments.options}: must be a JSON object")
     given = inputs if arguments.strings else [input_of(item) for item in inputs]
-    job = LocalRun(config, action, options, arguments.quiet)
+    job = LocalRun(config, arguments.run, options, arguments.quiet)
     return job.run(given)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; argparse ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(
         prog="crowdnode.py",
@@ -4443,12 +4487,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument(name, action="store_true", help=does)
     version = f"crowdnode {__version__}"
     command.add_argument("--version", action="version", version=version)
-    command.add_argument(
-        "--run",
-        nargs="+",
-        metavar=("ACTION", "INPUT"),
-        help="do one job on this machine; INPUT is a file, a URL, with --strings any "
-        "string, or - for the lines of standard input",
+    command.add_argument("--run", metavar="ACTION", help="do one job on this machine")
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="with --run: a file, a URL, with --strings any string; - is the lines of "
+        "standard input",
     )
     for name, metavar, default, does in (
         (
@@ -4458,7 +4503,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             "default: crowdnode.conf here, else beside this file",
         ),
         ("--port", "N", None, "the same as --set port=N"),
-        ("--options", "JSON", "{}", "with --run: the options of the job"),
+        ("--options", "JSON", None, "with --run: the options of the job"),
     ):
         parser.add_argument(name, metavar=metavar, default=default, help=does)
     parser.add_argument(
@@ -4470,10 +4515,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         ("--json", "with --status: the document"),
     ):
         parser.add_argument(name, action="store_true", help=does)
-    arguments = parser.parse_args(argv)
-    for option, needed in (("strings", "run"), ("quiet", "run"), ("json", "status")):
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments = parser.parse_intermixed_args(argv[:end])
+    arguments.inputs += argv[end + 1 :]
+    for option, needed in (
+        ("strings", "run"),
+        ("quiet", "run"),
+        ("options", "run"),
+        ("json", "status"),
+    ):
         if getattr(arguments, option) and not getattr(arguments, needed):
             parser.error(f"--{option} goes with --{needed}")
+    if arguments.inputs and not arguments.run:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}")
     return arguments
 
 
@@ -4515,17 +4569,34 @@ def run_command(arguments: argparse.Namespace) -> int:
     return run_in_foreground(config, load, arguments.attended)
 
 
+def open_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, what is opened first would get its number."""
+    descriptor = 0
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line.  Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    open_standard_descriptors()
     if words[:1] == [FORK_SERVER_FLAG]:
         return run_fork_server(int(words[1]))
     import_command_modules()
     try:
-        return run_command(parse_arguments(words))
+        status = run_command(parse_arguments(words))
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
+        return status
     except CrowdError as error:
         print(f"crowdnode: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:  # standard output: a full disk, a reader that has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:
+            print(f"crowdnode: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -689,6 +689,49 @@ class FirstRun(CrowdTest):
         done = self.job("--run", "word_count", *names, cwd=directory)
         self.assertEqual(json.loads(done.stdout), [2 * len(names)], done.stderr)
 
+    def test_options_and_inputs_may_stand_in_any_order(self) -> None:
+        _, options = self.with_actions(echo=ECHO)
+        for arguments, wanted in (
+            (["--run", "echo", "--strings", "x", "--quiet", "y"], ["x", "y"]),
+            (["--strings", "a", "--run", "echo", "-", "b"], ["a", "line", "b"]),
+            (["--strings", "--run", "echo", "--", "-x"], ["-x"]),
+        ):
+            with self.subTest(arguments):
+                done = self.job(*options, *arguments, input="line\n")
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(json.loads(done.stdout), wanted)
+
+    def test_text_that_is_no_unicode_fails_its_input_and_nothing_else(self) -> None:
+        _, options = self.with_actions(echo=ECHO)
+        options += ["--strings", "--run", "echo", b"caf\xff", "good"]  # type: ignore
+        done = self.job(*options)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(json.loads(done.stdout), [None, "good"])
+        self.assertIn("the output is not JSON: ", done.stderr)
+
+    def test_a_home_that_cannot_be_written_is_no_obstacle(self) -> None:
+        done = self.job(
+            "--set", "local_storage_path=/dev/null/x", "--run", "word_count", "LICENSE"
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_output_that_cannot_be_written_is_said_without_a_traceback(self) -> None:
+        full = ["sh", "-c", f"exec {sys.executable} {PROGRAM} --version >/dev/full"]
+        gone = ["sh", "-c", f"{sys.executable} {PROGRAM} --check | true"]
+        run = f"{PROGRAM} --strings --run word_count x"
+        job = ["sh", "-c", f"exec {sys.executable} {run} >/dev/full"]
+        for command in (gone, full, job):
+            with self.subTest(command):
+                home = self.directory()
+                done = subprocess.run(
+                    command,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=environment(HOME=home),
+                )
+                self.assertNotIn("Traceback", done.stderr)
+        self.assertIn("No space left on device", done.stderr)
+
     def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
         stubborn = SLEEPER.replace(
             "time.sleep(",
@@ -773,6 +816,9 @@ class FirstRun(CrowdTest):
         for arguments, message in (
             (["--run", "word_cuont", "README.md"], "did you mean word_count?"),
             (["--run", "word_count"], "needs at least one INPUT"),
+            (["--run", "word_count", ""], "an INPUT is empty"),
+            (["README.md"], "unrecognized arguments: README.md"),
+            (["--options", "{}"], "--options goes with --run"),
             (
                 ["--run", "word_count", "nosuch.txt"],
                 "nosuch.txt: is no file and no URL",
@@ -2255,6 +2301,34 @@ class Daemon(CrowdTest):
         self.assertNotEqual(self.pid_of(node), stranger.pid)
         self.assertIsNone(stranger.poll())
 
+    def test_closed_standard_descriptors_are_no_obstacle(self) -> None:
+        node = self.prepared()
+        script = 'exec "$@" <&- >&- 2>&-'
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", *node.command("--daemon")], env=environment()
+        )
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+
+    def test_a_state_directory_of_somebody_else_is_said_without_a_traceback(
+        self,
+    ) -> None:
+        node = self.prepared()
+        with open(node.path("state"), "w"):
+            pass
+        for command in ("--status", "--stop", "--reload", "--daemon"):
+            done = node.run(command)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("state_path: can't use", done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_state_directory_that_others_can_look_into_is_warned_of(self) -> None:
+        node = self.prepared()
+        os.mkdir(node.path("state"), 0o755)
+        os.chmod(node.path("state"), 0o755)
+        node.start()
+        self.assertEqual(node.said("state_path: others can look into"), 1)
+
     def test_stop_waits_until_the_node_is_gone(self) -> None:
         node = self.daemon()
         pid = self.pid_of(node)
@@ -2453,6 +2527,7 @@ class Configuration(CrowdTest):
             ("[action x]\nstages = map", "[action x] stages = map: must be process"),
             ("[action x]\nport = 1", "[action x] port: unknown key: known are stages"),
             ("[node]\ntag = a\n  b", "[node] tag: must be a single line"),
+            ("\ufeff[node]\nmax_workers = \u0663", "[node] max_workers = \u0663: must"),
         ):
             with self.subTest(text):
                 with open(path, "w") as file:
