@@ -149,6 +149,7 @@ EXIT_INTERRUPTED = 130
 PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
 
+RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
 UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 FORK_SERVER_FLAG = "--fork-server"  # internal: this process is a fork server
@@ -266,24 +267,37 @@ def remove_file(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove *path* and what is below it, following no link.
+    """Remove *path* and what is below it, following no link.  Raises OSError.
 
-    Not shutil.rmtree: importing shutil costs a worker more than all else it does."""
-    try:
-        os.rmdir(path)
-    except FileNotFoundError:
-        pass
-    except NotADirectoryError:
-        os.unlink(path)
-    except OSError:
-        os.chmod(path, 0o700)
-        with os.scandir(path) as entries:
-            for entry in list(entries):
-                if entry.is_dir(follow_symlinks=False):
-                    remove_tree(entry.path)
-                else:
-                    os.unlink(entry.path)
-        os.rmdir(path)
+    Directories are moved up beside *path* first: so neither their depth nor the
+    length of their paths matters.  Not shutil.rmtree: importing shutil costs a worker
+    more than all else it does."""
+    pending = [path]
+    emptied = set()
+    moved = 0
+    while pending:
+        try:
+            os.rmdir(pending[-1])
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            os.unlink(pending[-1])
+        except OSError:
+            if pending[-1] in emptied:
+                raise
+            emptied.add(pending[-1])
+            os.chmod(pending[-1], 0o700)
+            with os.scandir(pending[-1]) as entries:
+                for entry in list(entries):
+                    if entry.is_dir(follow_symlinks=False):
+                        os.chmod(entry.path, 0o700)
+                        moved += 1
+                        os.rename(entry.path, f"{path}.{moved}{RUBBISH}")
+                        pending.append(f"{path}.{moved}{RUBBISH}")
+                    else:
+                        os.unlink(entry.path)
+            continue
+        pending.pop()
 
 
 def copy_file(source: str, target: str) -> None:
@@ -384,7 +398,7 @@ def decimal(low: float, high: float, unit: str = "") -> Callable[[str], float]:
             and low <= float(value) <= high
         ):
             return float(value)
-        raise ValueError(f"must be a number from {low:g} to {high:g}{unit}")
+        raise ValueError(f"must be a number from {low:g} to {high:.12g}{unit}")
 
     return parse
 
@@ -584,6 +598,11 @@ def read_sections(path: str) -> configparser.RawConfigParser:
             parser.read_file(file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read: {error}") from None
+    except configparser.DuplicateSectionError as error:
+        raise UsageError(f"{path}: [{error.section}] stands there twice") from None
+    except configparser.DuplicateOptionError as error:
+        where = f"{path}: [{error.section}] {error.option}"
+        raise UsageError(f"{where}: stands there twice; remove one") from None
     except configparser.Error as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: is no INI file (KEY = VALUE): {reason}") from None
@@ -630,7 +649,8 @@ def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
         values[key] = parse_value(where, parse, value)
         if values[key] is None and default:
             values[key] = parse(default)
-    return complete_config(Config(values))
+    places = {key: where for key, (where, _) in given.items()}
+    return complete_config(Config(values), places)
 
 
 def parse_action_section(where: str, items: list[tuple[str, str]]) -> Json:
@@ -644,8 +664,10 @@ def parse_action_section(where: str, items: list[tuple[str, str]]) -> Json:
     return values
 
 
-def complete_config(config: Config) -> Config:
-    """Fill in what follows from the machine and from other keys; check across keys."""
+def complete_config(config: Config, places: dict[str, str]) -> Config:
+    """Fill in what follows from the machine and from other keys; check across keys.
+
+    places: where the keys stand that were given."""
     base = os.path.dirname(config.file or os.path.abspath(__file__))
 
     def absolute(path: str) -> str:
@@ -669,14 +691,15 @@ def complete_config(config: Config) -> Config:
         config.max_workers = processors()
     if config.http_authentication and not (config.login and config.password):
         raise UsageError(
-            f"{config.file or 'command line'}: [node] http_authentication = yes: "
-            "needs login and password too"
+            f"{places['http_authentication']} = yes: needs login and password too"
         )
     if config.login and ":" in config.login:
         raise UsageError(
-            f"{config.file or 'command line'}: [node] login = {config.login}: "
-            "must not hold a colon, which ends the login in HTTP Basic"
+            f"{places['login']} = {config.login}: must not hold a colon, which ends "
+            "the login in HTTP Basic"
         )
+    if "actions_path" in places and not os.path.isdir(config.actions_path):
+        config.warnings.append(f"actions_path: {config.actions_path} is no directory")
     if config.password and config.file and os.stat(config.file).st_mode & 0o044:
         config.warnings.append(
             f"{config.file} holds a password and others can read it: "
@@ -1461,7 +1484,7 @@ class Worker:
         try:
             os.chdir("/")
             remove_tree(directory)
-        except (OSError, RecursionError) as error:
+        except OSError as error:
             print(f"can't remove {directory}: {error}", file=sys.stderr)
 
     def _explain(self, error: BaseException) -> str:
@@ -1922,8 +1945,16 @@ def log_output(who: str, data: bytes) -> None:
     """Copy what a process has printed to the log, line by line, under its name."""
     for line in data.decode("utf-8", "replace").splitlines():
         record = {"name": who, "levelno": logging.INFO, "levelname": "output"}
-        printable = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", line)
-        log.handle(logging.makeLogRecord({**record, "msg": printable}))
+        log.handle(logging.makeLogRecord({**record, "msg": line}))
+
+
+def make_printable(record: logging.LogRecord) -> bool:
+    """A filter of the log: nobody's text may look like lines of ours, or like more
+    than text to a terminal."""
+    text = record.getMessage().replace("\n", "\n    ")
+    record.msg = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+    record.args = None
+    return True
 
 
 class Repeater:
@@ -2100,7 +2131,7 @@ class Overload:
     def __init__(self) -> None:
         self.over: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
-        self._reasons: dict[str, str] = {}  # by kind
+        self._reasons = {"starting": "the node is starting"}  # by kind
         self._reminded = 0.0
 
     def __bool__(self) -> bool:
@@ -2315,7 +2346,7 @@ def sweep(rubbish: str) -> None:
     """Remove a directory that nobody needs."""
     try:
         remove_tree(rubbish)
-    except (OSError, RecursionError) as error:
+    except OSError as error:
         log.warning("can't remove %s: %s", rubbish, error)
 
 
@@ -2329,7 +2360,6 @@ def sweep_all(temp_storage_path: str) -> None:
                     sweep(os.path.join(path, name))
 
 
-RUBBISH = ".rubbish"  # how the name of a directory ends that has been put away
 COUNTS = (
     "accepted", "refused", "succeeded", "failed", "died", "timed_out", "reported"
 )  # fmt: skip
@@ -2501,6 +2531,10 @@ class Units:
     def _make_room(self, entry: Unit) -> None:
         self.active.pop(entry, None)
         self.changed.notify_all()
+        self.look_for_room()
+
+    def look_for_room(self) -> None:
+        """End the refusal for max_workers, if there is room."""
         limit = self.node.config.max_workers
         if not limit or len(self.active) < limit:
             self.node.overload.end("max_workers")
@@ -2583,6 +2617,7 @@ class Units:
     def withdraw(self, entry: Unit) -> None:
         """End *entry* without a report: central has let go of it."""
         with self.changed:
+            log.info("%s, worker %s: withdrawn", entry, entry.pid)
             self._mark_withdrawn(entry)
             if entry.state == "ended":
                 self._remove(entry)
@@ -2598,9 +2633,9 @@ class Units:
 
     def signal(self, entry: Unit, number: int) -> None:
         """Signal the worker of *entry* and its group, if it lives."""
-        if entry.link:
-            entry.link.send("kill", entry.pid, number)
-        elif entry.pid is not None:
+        if entry.link and entry.link.send("kill", entry.pid, number):
+            return  # it knows best whether the worker lives
+        if entry.pid is not None:
             with contextlib.suppress(OSError):
                 if is_locked(self._path(entry)):
                     kill_worker(entry.pid, number)
@@ -3212,7 +3247,6 @@ class Node:
 
         Raises CrowdError where it can't start."""
         self.trap_signals(self.stop_starting)
-        self.overload.begin("starting", "the node is starting")
         try:
             self.start()
         except BaseException as error:
@@ -3434,6 +3468,7 @@ class Node:
     def monitor_system(self) -> None:
         """One step of the loop: load, memory, workers, records, fork server."""
         self.overload.end("unit")
+        self.units.look_for_room()
         self.overloaded()
         self.probe_fork_server()
         self.units.look()
@@ -3756,8 +3791,12 @@ class LocalCentral:
         if task.attempts < self.config.work_unit_retries:
             self.pending.append(task)
         else:
-            task.reason = reason
-            self.failures.append(task)
+            self._give_up(task, reason)
+
+    def _give_up(self, task: Task, reason: str) -> None:
+        task.reason = reason
+        self.failures.append(task)
+        self._advance()
 
     def _add(self, place: tuple[int, ...], status: int, input: str) -> Task:
         self.total += 1
@@ -3786,17 +3825,20 @@ class LocalCentral:
                     continue
                 task, node = self.pending.popleft(), self.node
                 self.sent[task.id] = task
-            status = self._post(node, task)
+            status, reason = self._post(node, task)
             if status == 200:
                 continue
             with self.changed:
-                if self.sent.pop(task.id, None):
+                is_ours = self.sent.pop(task.id, None) is not None
+                if is_ours and status in (400, 413):  # it will never take that one
+                    self._give_up(task, reason)
+                elif is_ours:
                     self.pending.appendleft(task)
                 self.busy = status == 503
-                if status != 503:
+                if status not in (400, 413, 503):
                     self._release()  # until it checks in again
 
-    def _post(self, node: str | None, task: Task) -> int:
+    def _post(self, node: str | None, task: Task) -> tuple[int, str]:
         unit = {
             "id": task.id,
             "job_id": self.job_id,
@@ -3811,12 +3853,12 @@ class LocalCentral:
         request = urllib.request.Request(f"http://{node}/work", data, headers)
         try:
             with self._opener.open(request, timeout=30) as reply:
-                return int(reply.status)
+                return int(reply.status), ""
         except urllib.error.HTTPError as error:
-            error.close()
-            return error.code
-        except (OSError, ValueError):
-            return 0
+            with error:
+                return error.code, error.read().decode("utf-8", "replace")
+        except (OSError, ValueError) as error:
+            return 0, str(error)
 
 
 def flattened(value: Any) -> list[Any]:
@@ -3868,7 +3910,7 @@ class LocalRun:
 
     def run(self, inputs: list[str]) -> int:
         """Do the job; print its outputs.  Returns the exit status."""
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.default_int_handler)
         try:
             self.config.central_server = f"http://127.0.0.1:{self.central.start()}"
@@ -4108,6 +4150,7 @@ def set_up_log(path: str | None, level: str) -> None:
     logging.raiseExceptions = False  # a full disk is no reason to print tracebacks
     log = logging.Logger(f"node[{os.getpid()}]", level.upper())
     log.addHandler(handler)
+    log.addFilter(make_printable)
 
 
 def prepare_directories(config: Config) -> None:
@@ -4437,7 +4480,7 @@ def check(config: Config) -> int:
         Central(config, config.port).heartbeat()
         lines.append(("ok", f"central: {config.central_server} answers"))
     except CentralError as error:
-        sentence = f"central: {config.central_server} does not answer: {error}"
+        sentence = f"central: {config.central_server}: {error}"
         lines.append(("error", sentence))
     for level, sentence in lines:
         print(f"{level}: {sentence}")
@@ -4546,7 +4589,9 @@ def parse_settings(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for.  Raises CrowdError."""
-    path = os.path.abspath(arguments.config) if arguments.config else find_config()
+    path = find_config()
+    if arguments.config is not None:
+        path = os.path.abspath(arguments.config)
     settings = parse_settings(arguments)
 
     def load() -> Config:

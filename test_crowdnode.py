@@ -709,6 +709,13 @@ class FirstRun(CrowdTest):
         self.assertEqual(json.loads(done.stdout), [None, "good"])
         self.assertIn("the output is not JSON: ", done.stderr)
 
+    def test_an_input_over_max_request_size_fails_and_says_so(self) -> None:
+        _, options = self.with_actions(echo=ECHO)
+        options += ["--set", "max_request_size=1", "--strings", "--run", "echo", "-"]
+        done = self.job(*options, input="x" * 1100000 + "\ngood\n")
+        self.assertEqual((done.returncode, done.stdout), (1, '[null, "good"]\n'))
+        self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
+
     def test_a_home_that_cannot_be_written_is_no_obstacle(self) -> None:
         done = self.job(
             "--set", "local_storage_path=/dev/null/x", "--run", "word_count", "LICENSE"
@@ -1603,6 +1610,14 @@ class Mixed(Action):
     def is_nice(self):
         return os.nice(0)
 
+    def goes_deep(self):
+        for number in range(1500):
+            os.mkdir("dddd")
+            os.chdir("dddd")
+
+    def forges(self):
+        raise ValueError("one\\n2026-01-01 00:00:00 node[1] info: two\\x1b[2J")
+
     def sleeps_with_files(self):
         for number in range(20):
             open(f"file {number}", "w").close()
@@ -1800,6 +1815,25 @@ class Actions(SharedNode):
         os.kill(pid, signal.SIGKILL)
         self.shared_central.outcome(id)
         wait_for(lambda: not os.listdir(work), "all of it is gone")
+
+    def test_directories_of_any_depth_are_removed_and_the_report_comes_once(
+        self,
+    ) -> None:
+        self.assertEqual(self.do("goes_deep"), ("succeeded", None))
+        work = self.shared.path("state", "work", "mixed")
+        wait_for(lambda: not os.listdir(work), "all of it is gone")
+        wait_for(lambda: not self.shared.units(), "the record is gone")
+        outcome = self.shared.do(unit(self.new_id(), "a" * 300))
+        self.assertEqual(outcome[0], "failed")
+        wait_for(lambda: not self.shared.units(), "the record is gone")
+        self.assertEqual(len(self.shared_central.reports(self.next_id)), 1)
+
+    def test_a_message_cannot_forge_lines_of_the_log(self) -> None:
+        self.do("forges")
+        wait_for(lambda: self.shared.said("ValueError: one"), "the log has it")
+        self.assertIn(
+            "\n    2026-01-01 00:00:00 node[1] info: two?[2J", self.shared.log()
+        )
 
     def test_a_program_in_any_language_is_an_action(self) -> None:
         for text, stage, wanted in (
@@ -2389,6 +2423,29 @@ class Daemon(CrowdTest):
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
         wait_for(lambda: len(our_processes()) == 2, "the old fork server has gone")
 
+    def test_units_from_before_a_reload_can_still_be_ended(self) -> None:
+        node = self.daemon()
+        first, second = (node.take(unit(id, "sleeper", "60")) for id in (1, 2))
+        node.run("--reload")
+        wait_for(lambda: node.said("reloaded"), "the reload")
+        began = time.monotonic()
+        node.take(unit(1, "sleeper", "60", attempts=1))
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertFalse(alive(first))
+        self.assertEqual(node.run("--stop").returncode, 0)
+        wait_for(lambda: not alive(second), "the other is ended too", 1)
+        self.assertEqual(node.units(), [])
+
+    def test_a_reload_that_raises_max_workers_makes_room(self) -> None:
+        central = self.central()
+        node = self.daemon(central=central, max_workers=1)
+        node.take(unit(1, "sleeper", "60"))
+        self.assertEqual(node.post(unit(2))[0], 503)
+        node.write_config(max_workers=2)
+        node.run("--reload")
+        wait_for(lambda: not node.status()["overloaded"], "there is room")
+        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+
     def test_a_reload_of_nonsense_changes_nothing(self) -> None:
         node = self.daemon()
         node.write_config(max_load="much")
@@ -2432,7 +2489,7 @@ class Daemon(CrowdTest):
             "warning: host = no-such-host.invalid",
             "others can read it: chmod 600",
             "syntax.py is left out",
-            f"error: central: {central.url} does not answer: ",
+            f"error: central: {central.url}: ",
         ):
             self.assertIn(text, done.stdout)
 
@@ -2501,7 +2558,11 @@ class Configuration(CrowdTest):
             ("[action ../x]\n", "[action ../x]: unknown section"),
             ("port = 1", "is no INI file"),
             ("[node]\nport", "is no INI file"),
-            ("[node]\nport = 1\nport = 2", "is no INI file"),
+            (
+                "[node]\nport = 1\nport = 2",
+                "[node] port: stands there twice; remove one",
+            ),
+            ("[node]\n[node]", "[node] stands there twice"),
             (
                 "[node]\nmax_load = -1",
                 "[node] max_load = -1: must be a number from 0.01",
@@ -2602,6 +2663,7 @@ class Configuration(CrowdTest):
             ("allow", "10.0.0.0/8 ::1"),
             ("tag", "a # b; %c"),
         ]
+        os.mkdir(os.path.join(os.path.dirname(path), "actions"))
         config = crowdnode.load_config(path, settings)
         crowdnode.write_config(config, path)
         again = crowdnode.load_config(path, [])
