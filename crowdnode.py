@@ -785,7 +785,8 @@ def linux_memory(pattern: re.Pattern[str]) -> float | None:
 #
 #     crowdnode-unit 1 {"id":7,...}      the fork server, before the fork
 #     pid 4711                           the fork server, after it
-#     succeeded 0.0018 {"output":42}     the worker, at its end; or "failed"
+#     succeeded 0.0018 {"output":42}     the worker, at its end; or "failed", and then
+#                                        by the node where the worker has died
 #     withdrawn                          the node: never to be reported
 #
 # A line counts when its newline is there.  The file is locked (flock) as long as the
@@ -838,7 +839,12 @@ def parse_record(data: bytes) -> Record:
                 record.pid = int(rest)
             elif word in (b"succeeded", b"failed"):
                 seconds, _, output = rest.decode().partition(" ")
-                record.outcome = (word.decode(), seconds, output)
+                if output.endswith("}"):
+                    record.outcome = (word.decode(), seconds, output)
+                elif line.endswith(WITHDRAWN.strip()):  # of a worker killed in writing
+                    record.withdrawn = True
+                else:
+                    raise OddRecord(f"line {number + 1} is cut short")
             elif line + b"\n" == WITHDRAWN:
                 record.withdrawn = True
             else:
@@ -2703,8 +2709,19 @@ class Units:
             printed = read_file(self._path(entry) + ".out", MESSAGE_TAIL)
             last = printed.decode("utf-8", "replace").strip()
             message += f"; its last words: {last}" if last else ""
-        output = encoded_failure(message).decode()
-        return "failed", f"{entry.seconds():.6f}", output, kind
+        output, seconds = encoded_failure(message).decode(), f"{entry.seconds():.6f}"
+        self._write_outcome(entry, f"failed {seconds} {output}\n".encode())
+        return "failed", seconds, output, kind
+
+    def _write_outcome(self, entry: Unit, line: bytes) -> None:
+        """Write down for a dead worker what is reported of it: should it have to be
+        reported again, by another node perhaps, it will be the same."""
+        path = self._path(entry)
+        try:
+            os.truncate(path, read_file(path).rfind(b"\n") + 1)
+            append_to_record(path, line)
+        except OSError as error:
+            log.warning("%s: can't write down its end: %s", entry, error)
 
     def _log_outcome(self, entry: Unit, kind: str, seconds: str, output: str) -> None:
         with contextlib.suppress(OSError):

@@ -2121,6 +2121,29 @@ class Recovery(CrowdTest):
         node.start()
         self.assertEqual([call[0] for call in central.calls], ["PUT"], "it was clean")
 
+    def test_a_death_that_is_reported_again_is_reported_the_same(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        central.answer = lambda method, path, _: 500 if path == "/work/1" else None
+        pid = node.take(unit(1, "sleeper", "60"))
+        os.kill(pid, signal.SIGABRT)
+        self.assertIn("killed by SIGABRT", central.outcome(1)[1])
+        node.kill()
+        central.answer = lambda method, path, _: None
+        node.start()
+        first, second = central.reports(1)
+        self.assertEqual(first, second)
+
+    def test_an_outcome_that_is_cut_short_does_not_count(self) -> None:
+        head = b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
+        head += b'"process", "attempts": 0, "digest": "d", "started": 1.0}\npid 9\n'
+        cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"x')
+        self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, False))
+        cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"xwithdrawn\n')
+        self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, True))
+        with self.assertRaises(crowdnode.OddRecord):
+            crowdnode.parse_record(head + b'succeeded 0.1 {"output":"x\n')
+
     def test_the_fork_server_outlives_the_node_until_its_last_worker_has_ended(
         self,
     ) -> None:
