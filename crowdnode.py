@@ -2184,10 +2184,10 @@ class Overload:
 def compiled(config: Config) -> str:
     """The path of this program compiled, or of its source where that can't be had.
 
-    Compiling these lines leaves 10 MB behind, and every fork would copy their page
-    tables.  A node compiles once, so its fork servers stay of its own version."""
+    Compiling these lines leaves 10 MB behind in the process that does it, and every
+    fork would copy their page tables: so it is done in a process of its own.  A node
+    compiles once, so its fork servers stay of its own version."""
     import importlib.util
-    import py_compile
 
     path = config.state_file("crowdnode.pyc")
     source = os.path.abspath(__file__)
@@ -2200,8 +2200,18 @@ def compiled(config: Config) -> str:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             if file.read(len(head)) == head:
                 return path
-        py_compile.compile(source, path, doraise=True)
-    except (OSError, py_compile.PyCompileError) as error:
+        program = (
+            "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
+        )
+        subprocess.run(
+            [sys.executable, "-c", program, source, path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+            timeout=LOAD_DEADLINE,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
         log.warning("can't write %s: %s", path, error)
         return source
     return path

@@ -2767,7 +2767,7 @@ class Portability(CrowdTest):
 
 STANDARD = """
     __future__ argparse base64 collections configparser contextlib difflib errno fcntl
-    gc hashlib heapq hmac http importlib io ipaddress json logging os py_compile random
+    gc hashlib heapq hmac http importlib io ipaddress json logging os random
     re resource select shutil signal socket struct subprocess sys tempfile threading
     time typing urllib warnings zlib
 """.split()  # noqa: SIM905
