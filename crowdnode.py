@@ -3919,6 +3919,8 @@ class CentralHandler(HandlerBase):
 class LocalRun:
     """One job on this machine: a LocalCentral, a real node, its workers."""
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
     def __init__(self, config: Config, action: str, options: Json, quiet: bool) -> None:
         loader = ActionLoader(config)
         actions = loader.load()
@@ -3937,8 +3939,9 @@ class LocalRun:
 
     def run(self, inputs: list[str]) -> int:
         """Do the job; print its outputs.  Returns the exit status."""
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.default_int_handler)
+        for number in self.SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                signal.signal(number, signal.default_int_handler)
         try:
             self.config.central_server = f"http://127.0.0.1:{self.central.start()}"
             write_config(self.config, self._path("crowdnode.conf"))
@@ -3998,7 +4001,8 @@ class LocalRun:
         while not self.central.finished.wait(0.05 if starts else 0):
             self._show(inputs)
             if self.node is None or self.node.poll() is not None:
-                if starts == 5 or (starts and not self.central.known):
+                status = self.node.returncode if self.node else 0
+                if starts == 5 or (status > 0 and not self.central.known):
                     raise CrowdError(f"the node does not run:\n{self._log_tail()}")
                 self._start_node()
                 starts += 1
@@ -4040,7 +4044,9 @@ class LocalRun:
         return ""
 
     def _clean_up(self) -> None:
-        """Nothing is left: no process, no file."""
+        """Nothing is left: no process, no file, however impatient a person is."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if self.node:
             self.node.terminate()
             try:
@@ -4647,6 +4653,9 @@ def open_standard_descriptors() -> None:
     while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4658,8 +4667,7 @@ def main(argv: list[str] | None = None) -> int:
     import_command_modules()
     try:
         status = run_command(parse_arguments(words))
-        if sys.stdout:  # None where it was closed
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except CrowdError as error:
         print(f"crowdnode: {error}", file=sys.stderr)

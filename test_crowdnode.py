@@ -100,6 +100,11 @@ def our_processes() -> list[str]:
     return found
 
 
+def a_worker_runs() -> bool:
+    """A worker is a fork of the fork server, and looks like it."""
+    return sum("--fork-server" in line for line in our_processes()) >= 2
+
+
 def environment(**more: str) -> dict[str, str]:
     """The environment of what we start."""
     key, _, value = MARK.partition("=")
@@ -752,9 +757,10 @@ class FirstRun(CrowdTest):
                 stderr=subprocess.PIPE,
                 env=environment(TMPDIR=directory),
             ) as process:
-                wait_for(lambda: len(our_processes()) >= 4, "a worker runs")
+                wait_for(a_worker_runs, "a worker runs")
                 began = time.monotonic()
-                process.send_signal(signal.SIGINT)
+                for _ in range(3):  # people press it more than once
+                    process.send_signal(signal.SIGINT)
                 self.assertEqual(process.wait(DEADLINE), 130)
                 self.assertLess(time.monotonic() - began, 2)
                 self.assertEqual(our_processes(), [])
@@ -778,7 +784,7 @@ class FirstRun(CrowdTest):
             stderr=subprocess.PIPE,
             env=environment(TMPDIR=directory),
         ) as process:
-            wait_for(lambda: len(our_processes()) >= 4, "a worker runs")
+            wait_for(a_worker_runs, "a worker runs")
             nodes = [line for line in our_processes() if "--attended" in line]
             os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
             output, errors = process.communicate(timeout=DEADLINE)
@@ -791,7 +797,7 @@ class FirstRun(CrowdTest):
             stderr=subprocess.PIPE,
             env=environment(TMPDIR=directory),
         ) as process:
-            wait_for(lambda: len(our_processes()) >= 4, "a worker runs")
+            wait_for(a_worker_runs, "a worker runs")
             process.kill()
         wait_for(lambda: not our_processes(), "nothing is left")
 
