@@ -269,12 +269,11 @@ def remove_file(path: str) -> None:
 def remove_tree(path: str) -> None:
     """Remove *path* and what is below it, following no link.  Raises OSError.
 
-    Directories are moved up beside *path* first: so neither their depth nor the
-    length of their paths matters.  Not shutil.rmtree: importing shutil costs a worker
-    more than all else it does."""
+    Directories further down are moved up into *path* first: so neither their depth
+    nor the length of their paths matters.  Not shutil.rmtree: importing shutil costs a
+    worker more than all else it does."""
     pending = [path]
     emptied = set()
-    moved = 0
     while pending:
         try:
             os.rmdir(pending[-1])
@@ -286,18 +285,28 @@ def remove_tree(path: str) -> None:
             if pending[-1] in emptied:
                 raise
             emptied.add(pending[-1])
-            os.chmod(pending[-1], 0o700)
-            with os.scandir(pending[-1]) as entries:
-                for entry in list(entries):
-                    if entry.is_dir(follow_symlinks=False):
-                        os.chmod(entry.path, 0o700)
-                        moved += 1
-                        os.rename(entry.path, f"{path}.{moved}{RUBBISH}")
-                        pending.append(f"{path}.{moved}{RUBBISH}")
-                    else:
-                        os.unlink(entry.path)
+            pending += empty_directory(pending[-1], path, len(emptied))
             continue
         pending.pop()
+
+
+def empty_directory(directory: str, root: str, number: int) -> list[str]:
+    """Remove the files in *directory*, and move the directories in it up into *root*,
+    under names that *number* makes their own.  Returns where they are now."""
+    os.chmod(directory, 0o700)
+    found: list[str] = []
+    with os.scandir(directory) as entries:
+        for entry in list(entries):
+            place = entry.path
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(place)
+                continue
+            if directory != root:
+                os.chmod(place, 0o700)  # one that is moved is written to: its ".."
+                place = f"{root}/.{os.getpid()}.{number}.{len(found)}"
+                os.rename(entry.path, place)
+            found.append(place)
+    return found
 
 
 def copy_file(source: str, target: str) -> None:

@@ -1602,9 +1602,6 @@ class Mixed(Action):
     def exits(self):
         sys.exit("enough")
 
-    def sleeps(self):
-        time.sleep(60)
-
     def eats(self):
         return len(bytearray(900 * 1024 * 1024))
 
@@ -1651,7 +1648,8 @@ esac
 class Actions(SharedNode):
     options = {
         "actions": {**ACTIONS, "mixed.py": MIXED, "shell.sh": SHELL, "bare": "echo x"},
-        "action mixed": "time_limit = 1\nmemory_limit = 500\nfile_limit = 1\nnice = 7",
+        "action mixed": "memory_limit = 500\nfile_limit = 1\nnice = 7",
+        "action sleeper": "time_limit = 1",
         "action shell": "stages = split process merge",
         "local_storage_path": "storage",
     }
@@ -1738,7 +1736,8 @@ class Actions(SharedNode):
                     self.assertIn(f"can't download {base}{path}: ", output)
                     self.assertIn(message, output)
             began = time.monotonic()
-            status, output = self.do("fetched", input=f"{base}/never")
+            never = unit(self.new_id(), "sleeper", f"{base}/never")
+            status, output = self.shared.do(never)
             self.assertEqual(
                 (status, output[:22]), ("failed", "time_limit of 1 s exce")
             )
@@ -1794,7 +1793,6 @@ class Actions(SharedNode):
 
     def test_limits_end_a_unit_and_are_named(self) -> None:
         for what, reason in (
-            ("sleeps", "time_limit of 1 s exceeded"),
             ("writes", "File too large"),
             *([("eats", "memory_limit is 500 MB")] if sys.platform == "linux" else []),
         ):
@@ -1802,6 +1800,10 @@ class Actions(SharedNode):
                 status, output = self.do(what)
                 self.assertEqual(status, "failed")
                 self.assertIn(reason, output)
+
+    def test_a_time_limit_ends_a_unit_and_is_named(self) -> None:
+        outcome = self.shared.do(unit(self.new_id(), "sleeper", "60"))
+        self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
 
     def test_a_worker_is_as_nice_as_configured(self) -> None:
         self.assertEqual(self.do("is_nice"), ("succeeded", os.nice(0) + 7))
