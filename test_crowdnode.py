@@ -2259,7 +2259,7 @@ class Recovery(CrowdTest):
         node.start()
         pid = node.take(unit(2, "sleeper", "60"))
         node.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: node.said("1 units are running"), "it waits")
+        wait_for(lambda: node.said("1 units are running") == 2, "it waits again")
         self.assertEqual(node.post(unit(3))[0], 503)
         node.process.send_signal(signal.SIGINT)
         self.assertEqual(node.process.wait(DEADLINE), 0)
