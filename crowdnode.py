@@ -100,6 +100,26 @@ else:
 
 __version__ = "1.0.0"
 
+PROGRAM = os.path.abspath(__file__)  # now: --daemon will change the directory
+
+
+def program_identity() -> tuple[int, ...]:
+    """What changes when this program's file is replaced; empty while it is away."""
+    try:
+        stat = os.stat(PROGRAM)
+    except OSError:
+        return ()
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+IDENTITY = program_identity()  # of what this process runs
+
+
+def program_is_replaced() -> bool:
+    """Has this program's file become another since this process began?"""
+    return program_identity() not in (IDENTITY, ())
+
+
 # ---------------------------------------------------------------------------
 # Constants and errors: the wire's words, the intervals, the exit statuses.
 # ---------------------------------------------------------------------------
@@ -128,6 +148,7 @@ CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
 LOAD_DEADLINE = 60  # seconds for the fork server to load the actions
 PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
 RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
+HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
 TERM_GRACE = 10  # seconds from TERM to KILL of a node
 KILL_GRACE = 1  # seconds from TERM to KILL of a unit
@@ -154,6 +175,7 @@ UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 FORK_SERVER_FLAG = "--fork-server"  # internal: this process is a fork server
 ATTENDED_FLAG = "--attended"  # internal: stop when standard input ends
+RESUME_FLAG = "--resume"  # internal: go on as the node that this process was
 
 
 class CrowdError(Exception):
@@ -555,6 +577,7 @@ class Config:
     max_request_size: float
     log_level: str
     file: str | None  # where it was read, if anywhere
+    settings: list[tuple[str, str]]  # what the command line says besides
     actions: dict[str, Json]  # the sections [action NAME]
     warnings: list[str]
 
@@ -620,7 +643,7 @@ def read_sections(path: str) -> configparser.RawConfigParser:
 
 def find_config() -> str | None:
     """The configuration file where none is named, if there is one."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(PROGRAM)
     for directory in (os.getcwd(), here):
         path = os.path.join(directory, "crowdnode.conf")
         if os.path.exists(path):
@@ -649,7 +672,8 @@ def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
                 raise UsageError(f"{where}: unknown section: {nearest(section, known)}")
     for key, value in settings:
         given[key] = (f"command line: {key}", value.strip())
-    values: Json = {"file": path, "actions": actions, "warnings": []}
+    values: Json = {"file": path, "settings": settings, "warnings": []}
+    values["actions"] = actions
     for key, (where, _) in given.items():
         if key not in NODE_KEYS:
             raise UsageError(f"{where}: unknown key: {nearest(key, list(NODE_KEYS))}")
@@ -677,7 +701,7 @@ def complete_config(config: Config, places: dict[str, str]) -> Config:
     """Fill in what follows from the machine and from other keys; check across keys.
 
     places: where the keys stand that were given."""
-    base = os.path.dirname(config.file or os.path.abspath(__file__))
+    base = os.path.dirname(config.file or PROGRAM)
 
     def absolute(path: str) -> str:
         expanded = os.path.expanduser(path)
@@ -811,6 +835,10 @@ class OddRecord(Exception):
     """A whole record that this program does not understand."""
 
 
+class OtherVersion(OddRecord):
+    """A record that another version of this program has written."""
+
+
 class Record:
     """What a record says.
 
@@ -841,8 +869,10 @@ def parse_record(data: bytes) -> Record:
             word, _, rest = line.partition(b" ")
             if number == 0:
                 version, _, head = rest.partition(b" ")
-                if word != b"crowdnode-unit" or version != RECORD_VERSION:
-                    raise OddRecord("it is of an unknown version")
+                if word != b"crowdnode-unit":
+                    raise OddRecord("it does not begin as a record does")
+                if version != RECORD_VERSION:
+                    raise OtherVersion(f"it is of version {version.decode()}")
                 record.unit = parse_head(head)
             elif word == b"pid":
                 record.pid = int(rest)
@@ -2077,9 +2107,13 @@ class Reporter:
         self._ready: deque[Unit] = deque()
         self._waiting: list[tuple[float, int, Unit]] = []  # heap: (when, tie, unit)
         self._count = 0
-        for number in range(REPORTERS):
-            name = f"reporter {number + 1}"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"reporter {number}", daemon=True)
+            for number in range(1, REPORTERS + 1)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, unit: Unit) -> None:
         """Have *unit* reported."""
@@ -2087,9 +2121,20 @@ class Reporter:
             self._ready.append(unit)
             self._changed.notify()
 
+    def stop(self, seconds: float) -> None:
+        """Begin no report any more; wait for those under way, for a while."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
     def _run(self) -> None:
         while True:
             unit = self._next()
+            if unit is None:
+                return
             try:
                 self.deliver(unit)
             except CentralError as error:
@@ -2113,9 +2158,11 @@ class Reporter:
                 self.central_is_away = False
                 self._wake_all()
 
-    def _next(self) -> Unit:
+    def _next(self) -> Unit | None:
         with self._changed:
-            while not self._ready:
+            while not self._ready or self._stopped:
+                if self._stopped:
+                    return None
                 patience = None
                 if self._waiting:
                     patience = self._waiting[0][0] - time.monotonic()
@@ -2199,8 +2246,7 @@ def compiled(config: Config) -> str:
     import importlib.util
 
     path = config.state_file("crowdnode.pyc")
-    source = os.path.abspath(__file__)
-    stat = os.stat(source)
+    stat = os.stat(PROGRAM)
     # What a .pyc begins with: Python's version, flags, the source's time and size.
     head = importlib.util.MAGIC_NUMBER + struct.pack(
         "<III", 0, int(stat.st_mtime) & 0xFFFFFFFF, stat.st_size & 0xFFFFFFFF
@@ -2213,7 +2259,7 @@ def compiled(config: Config) -> str:
             "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
         )
         subprocess.run(
-            [sys.executable, "-c", program, source, path],
+            [sys.executable, "-c", program, PROGRAM, path],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -2222,7 +2268,7 @@ def compiled(config: Config) -> str:
         )
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("can't write %s: %s", path, error)
-        return source
+        return PROGRAM
     return path
 
 
@@ -2461,6 +2507,7 @@ class Units:
         self.by_name: dict[str, Unit] = {}
         self.active: dict[Unit, None] = {}  # those that have not ended, in order
         self.counts = dict.fromkeys(COUNTS, 0)
+        self.foreign: set[str] = set()  # records of other versions, which were said
         self.changed = threading.Condition(threading.RLock())
 
     # What the routes ask for.
@@ -2487,7 +2534,8 @@ class Units:
                 raise NodeOverloaded(entry.refusal)
             if time.monotonic() > deadline:
                 raise NodeOverloaded(f"the record of unit {name} can't be settled")
-            self.adopt(name)  # memory did not know it: answer from the record
+            # Memory did not know it: answer from the record.
+            self.adopt(name, wanted=True)
             if name not in self.by_name:
                 time.sleep(0.05)  # whoever writes it is about to end
 
@@ -2788,8 +2836,10 @@ class Units:
                 elif entry.state != "ended" and entry.link is None:
                     self._look_after(entry)
 
-    def adopt(self, name: str) -> None:
-        """Take over the record *name*, which an earlier node or fork server left."""
+    def adopt(self, name: str, wanted: bool = False) -> None:
+        """Take over the record *name*, which an earlier node or fork server left.
+
+        *wanted*: a unit of that name has come, and has to wait for it."""
         path = os.path.join(self.node.config.units_path, name)
         with self.changed:
             if name in self.by_name:
@@ -2802,6 +2852,13 @@ class Units:
                 if record.unit is None and not locked:
                     remove_file(path)  # nobody was ever told that it was accepted
             except FileNotFoundError:
+                return
+            except OtherVersion as error:
+                if wanted and not locked:
+                    self._move_aside(path, error)
+                elif name not in self.foreign:
+                    self.foreign.add(name)
+                    log.warning("the record %s is left alone: %s", path, error)
                 return
             except (IsADirectoryError, PermissionError, OddRecord) as error:
                 self._move_aside(path, error)
@@ -2946,10 +3003,15 @@ class NodeServer(ServerBase):
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of our name, which can take minutes."""
-        self.unread: dict[Any, None] = {}  # connections, in order of arrival
-        self.unread_lock = threading.Lock()
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
+        self.take_address()
+
+    def take_address(self) -> None:
+        """The socket is bound: begin with no connection."""
+        self.unread: dict[Any, None] = {}  # connections, in order of arrival
+        self.unread_lock = threading.Lock()
+        self.open = 0  # connections
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "", self.server_address[1]
 
@@ -2966,6 +3028,7 @@ class NodeServer(ServerBase):
     def process_request(self, request: Any, client_address: Any) -> None:
         """See socketserver.ThreadingMixIn."""
         with self.unread_lock:
+            self.open += 1
             self.unread[request] = None
             full = len(self.unread) > MAX_CONNECTIONS
         if full:
@@ -2987,6 +3050,16 @@ class NodeServer(ServerBase):
         """See socketserver.BaseServer."""
         self.request_is_read(request)
         super().shutdown_request(request)
+        with self.unread_lock:
+            self.open -= 1
+
+    def finish(self, seconds: float) -> None:
+        """Accept no more, wait for a while for the requests under way.  What comes
+        waits in the listener for whoever has it next."""
+        deadline = time.monotonic() + seconds
+        self.shutdown()
+        while self.open and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """See socketserver.BaseServer: no fault of one request ends the server."""
@@ -3220,8 +3293,9 @@ def form_fields(form: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def listen(node: Node) -> NodeServer:
-    """Bind the node's port and listen.  Raises CrowdError."""
+def listen(node: Node, listener: int | None) -> NodeServer:
+    """Bind the node's port and listen; or go on with the *listener* (a descriptor) of
+    the node that this process was.  Raises CrowdError."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     handler = type("NodeHandler", (Handler, BaseHTTPRequestHandler), {})
@@ -3230,16 +3304,21 @@ def listen(node: Node) -> NodeServer:
     if ":" in bind:
         server.address_family = socket.AF_INET6  # type: ignore[attr-defined]
     try:
-        listener: NodeServer = server((bind, port), handler)
+        result: NodeServer = server((bind, port), handler, listener is None)
     except OSError as error:
         hint = "; another program has it: choose another with --port"
         hint = hint if error.errno == errno.EADDRINUSE else ""
         raise CrowdError(
             f"can't listen on {bind} port {port}: {error.strerror}{hint}"
         ) from None
-    listener.node = node
-    listener.patience = REQUEST_DEADLINE
-    return listener
+    if listener is not None:
+        result.socket.close()
+        os.set_inheritable(listener, False)
+        result.socket = socket.socket(fileno=listener)
+        result.take_address()
+    result.node = node
+    result.patience = REQUEST_DEADLINE
+    return result
 
 
 # ---------------------------------------------------------------------------
@@ -3247,19 +3326,30 @@ def listen(node: Node) -> NodeServer:
 # ---------------------------------------------------------------------------
 
 
+NODE_SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+PLACE_KEYS = ("state_path", "host", "port", "bind")  # changed by a restart alone
+
+
 class Node:
     """Registers with central, takes work units, and reports what came of them.
 
     load: reads the configuration anew, for SIGHUP; unclean: the last node here did
-    not check out.  run() is the whole of its life."""
+    not check out; resumed: what hand_over() returned in the node that this process
+    was.  run() is the whole of its life."""
 
     def __init__(
-        self, config: Config, load: Callable[[], Config], unclean: bool = False
+        self,
+        config: Config,
+        load: Callable[[], Config],
+        unclean: bool = False,
+        resumed: Json | None = None,
     ) -> None:
         self.config = config
         self.load = load
         self.unclean = unclean
-        self.clean = not unclean  # central has nothing of ours: no need to check out
+        self.resumed = resumed or {}
+        # Clean: central has nothing of ours, so there is no need to check out.
+        self.clean = not unclean and not resumed
         self.started = time.monotonic()
         self.signals, self.signal_writer = os.pipe()
         self.stopping = False
@@ -3274,15 +3364,19 @@ class Node:
         self.unknown: set[str] = set()  # what was said to be unknown
         self.link: ForkServerLink | None = None
         self.link_lock = threading.Lock()
+        self.links: set[ForkServerLink] = set()  # all, those that finish included
+        self.inherited = set(self.resumed.get("children", []))  # pids
         self.restarts = 0
 
     # Start.
 
-    def run(self, started: Callable[[], None]) -> None:
-        """Start, call *started*, work until a signal comes, and stop.
+    def run(self, started: Callable[[], None]) -> Json | None:
+        """Start, call *started*, work until a signal comes, and stop.  Or, where this
+        program has been replaced, return what its next version goes on with.
 
         Raises CrowdError where it can't start."""
         self.trap_signals(self.stop_starting)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NODE_SIGNALS)
         try:
             self.start()
         except BaseException as error:
@@ -3302,18 +3396,26 @@ class Node:
         )  # fmt: skip
         started()
         while self.next_signal() == signal.SIGHUP:
+            if self.is_outdated():
+                return self.hand_over()
             self.reload()
         self.shut_down()
+        return None
 
     def start(self) -> None:
         """Listen first, for an old central hands out work before it has answered the
-        check-in, which comes last."""
-        self.server = listen(self)
+        check-in, which comes last.
+
+        A node that goes on after an upgrade lets its requests wait until it can take
+        them, and does not end because central is away."""
+        self.server = listen(self, self.resumed.get("listener"))
         self.port = int(self.server.server_address[1])
         write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
         self.central = Central(self.config, self.port)
         self.program = compiled(self.config)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        serving = threading.Thread(target=self.server.serve_forever, daemon=True)
+        if not self.resumed:
+            serving.start()
         self.link = self.start_fork_server(self.config)
         self.look_to(self.link)
         self.recover()
@@ -3321,7 +3423,10 @@ class Node:
         self.overload.end("starting")
         self.overload.over = self.check_in_soon
         self.clean = False
-        self.check_in(critical=True)
+        if self.resumed:
+            serving.start()
+        if not self.check_in(critical=not self.resumed):
+            self.check_in_soon()
         self.trap_signals(lambda number, frame: None)
 
     def trap_signals(self, stop: Callable[[int, Any], None]) -> None:
@@ -3333,7 +3438,7 @@ class Node:
         os.set_blocking(self.signal_writer, False)
         signal.set_wakeup_fd(self.signal_writer)
         signal.signal(signal.SIGHUP, lambda number, frame: None)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        for number in NODE_SIGNALS - {signal.SIGHUP}:
             signal.signal(number, stop)
 
     def stop_starting(self, number: int, frame: Any) -> None:
@@ -3348,7 +3453,10 @@ class Node:
 
     def start_fork_server(self, config: Config) -> ForkServerLink:
         """Start one and wait until it has loaded the actions.  Raises CrowdError."""
+        if self.program == PROGRAM and program_is_replaced():
+            raise CrowdError(f"{PROGRAM} is not what this node runs any more")
         link = ForkServerLink(self.program, config, self.receive)
+        self.links.add(link)
         in_time = link.ready.wait(LOAD_DEADLINE)
         with contextlib.suppress(OSError):
             log_output("fork server", read_file(link.output, OUTPUT_TAIL))
@@ -3380,6 +3488,8 @@ class Node:
         an unclean end this node checks out first, unless workers still live."""
         sweep_all(self.config.temp_storage_path)
         self.units.look()
+        if self.resumed:
+            return
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while self.units.unreported() and not self.reporter.central_is_away:
             with self.units.changed:
@@ -3452,6 +3562,7 @@ class Node:
         elif kind == "tried":
             self.overload.begin("start", rest[0])
         elif kind == "gone":
+            self.links.discard(link)
             ours = self.lose(link)
             self.units.orphan(link)
             if ours:
@@ -3472,6 +3583,8 @@ class Node:
         """Start another fork server instead of *link*; workers do not notice."""
         backoff = Backoff()
         while not self.stopping and self.link is link:
+            if program_is_replaced():
+                os.write(self.signal_writer, bytes([signal.SIGHUP]))  # for an upgrade
             self.restarts += 1
             try:
                 fresh = self.start_fork_server(self.config)
@@ -3485,8 +3598,9 @@ class Node:
                 self.link = fresh if is_wanted else self.link
             if not is_wanted:
                 fresh.finish()
+        if self.link and not self.stopping:
             self.overload.end("fork server")
-            self.look_to(fresh)
+            self.look_to(self.link)
 
     def look_to(self, link: ForkServerLink) -> None:
         """Replace *link* if it had gone before it was ours."""
@@ -3504,6 +3618,7 @@ class Node:
     def monitor_system(self) -> None:
         """One step of the loop: load, memory, workers, records, fork server."""
         self.overload.end("unit")
+        self.bury_inherited()
         self.units.look_for_room()
         self.overloaded()
         self.probe_fork_server()
@@ -3612,7 +3727,55 @@ class Node:
             "counts": dict(self.units.counts),
         }
 
-    # Reload and stop.
+    # Reload, upgrade and stop.
+
+    def is_outdated(self) -> bool:
+        """Has this program's file been replaced, by one that works here?"""
+        if not program_is_replaced():
+            return False
+        command = [sys.executable, PROGRAM, *arguments_of(self.config), "--status"]
+        problem = ""
+        try:
+            trial = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=LOAD_DEADLINE,
+            )
+            if trial.returncode not in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT):
+                problem = trial.stderr.decode("utf-8", "replace").strip()
+                problem = problem or describe_end(trial.returncode)
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = str(error)
+        if problem:
+            log.error("%s has been replaced by one that does not work here, so this "
+                      "node goes on as it was: %s", PROGRAM, problem)  # fmt: skip
+        return not problem
+
+    def hand_over(self) -> Json:
+        """Finish what is under way, for the next version to go on in this process:
+        same pid, same lock, same listener.  Workers do not notice."""
+        log.info("%s has been replaced: going on as what it is now", PROGRAM)
+        self.monitor_loop.stop()
+        self.check_in_loop.stop()
+        self.server.finish(HAND_OVER_DEADLINE)
+        self.reporter.stop(HAND_OVER_DEADLINE)
+        children = {link.pid for link in self.links}
+        children.update(command.pid for command in running_commands)
+        return {
+            "listener": self.server.fileno(),
+            "children": list(children | self.inherited),
+            "place": {key: getattr(self.config, key) for key in PLACE_KEYS},
+        }
+
+    def bury_inherited(self) -> None:
+        """Reap the children that this process had before an upgrade."""
+        for pid in list(self.inherited):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    continue
+            self.inherited.discard(pid)
 
     def reload(self) -> None:
         """Take over configuration and actions; nothing that runs notices."""
@@ -3620,10 +3783,8 @@ class Node:
             handler.close()  # it opens its file again with the next line
         try:
             config = self.load()
-            for key in ("state_path", "host", "port", "bind"):
-                if getattr(config, key) != getattr(self.config, key):
-                    log.warning("%s has changed: that takes a restart", key)
-                    setattr(config, key, getattr(self.config, key))
+            for warning in keep_place(config, vars(self.config)):
+                log.warning("%s", warning)
             link = self.start_fork_server(config)
         except (CrowdError, OSError) as error:
             log.error("not reloaded, all stays as it was: %s", error)
@@ -3660,6 +3821,22 @@ class Node:
         for process in list(running_commands):
             kill_group(process.pid, signal.SIGKILL)
         log.info("stopped")
+
+
+def keep_place(config: Config, place: Json) -> list[str]:
+    """Have *config* say what *place* does of where the node is; returns warnings."""
+    changed = [key for key in PLACE_KEYS if getattr(config, key) != place[key]]
+    for key in changed:
+        setattr(config, key, place[key])
+    return [f"{key} has changed: that takes a restart" for key in changed]
+
+
+def arguments_of(config: Config) -> list[str]:
+    """The arguments that say on a command line where *config* comes from."""
+    arguments = ["--config", config.file] if config.file else []
+    for key, value in config.settings:
+        arguments += ["--set", f"{key}={value}"]
+    return arguments
 
 
 def host_problems(config: Config) -> list[tuple[str, str]]:
@@ -3995,7 +4172,7 @@ class LocalRun:
         )
 
     def _start_node(self) -> None:
-        command = [sys.executable, os.path.abspath(__file__), ATTENDED_FLAG]
+        command = [sys.executable, PROGRAM, ATTENDED_FLAG]
         with open(self._path("log"), "ab") as output:
             self.node = subprocess.Popen(
                 [*command, "--config", self._path("crowdnode.conf")],
@@ -4146,6 +4323,16 @@ class NodeLock:
         self.write_pid()
         return True
 
+    def resume(self, descriptor: int) -> None:
+        """Go on with the lock that this process has had, before an upgrade."""
+        os.set_inheritable(descriptor, False)
+        self._descriptor = descriptor
+
+    def hand_over(self) -> int:
+        """The descriptor of the lock, to be kept over an exec."""
+        os.set_inheritable(self._descriptor, True)
+        return self._descriptor
+
     def write_pid(self) -> None:
         """Say that this process is the node; --daemon forks in between."""
         pid = b"%d\n" % os.getpid()
@@ -4249,6 +4436,7 @@ def run_node(
     log_path: str | None,
     started: Callable[[], None],
     attended: bool = False,
+    resumed: Json | None = None,
 ) -> int:
     """Be the node, with *lock* held, until a signal stops it.  Raises CrowdError."""
     import_node_modules()
@@ -4256,21 +4444,23 @@ def run_node(
     node = None
     try:
         prepare_directories(config)
-        if not attended:  # a job of --run may well save nothing
+        if not attended and not resumed:  # a job of --run may well save nothing
             check_storage(config)
         set_up_log(log_path, config.log_level)
         lock.write_pid()
         allow_descriptors()
         for warning in state_warnings(config):
             log.warning("%s", warning)
-        node = Node(config, load, lock.unclean)
+        node = Node(config, load, lock.unclean, resumed)
         if attended:
             stop = threading.Thread(
                 target=stop_at_end_of_input, args=[node], daemon=True
             )
             stop.start()
         try:
-            node.run(started)
+            handed_over = node.run(started)
+            if handed_over:
+                execute_anew(lock, handed_over, attended, log_path is not None)
         except CrowdError as error:
             log.error("%s", error)
             raise
@@ -4282,6 +4472,34 @@ def run_node(
     finally:
         lock.release(node.clean if node else not lock.unclean)
     return EXIT_OK
+
+
+def execute_anew(
+    lock: NodeLock, handed_over: Json, attended: bool, daemon: bool
+) -> None:
+    """Replace this process's program by what is in its file now.  Raises OSError.
+
+    Signals wait until the new program is ready for them."""
+    handed_over["lock"] = lock.hand_over()
+    os.set_inheritable(handed_over["listener"], True)
+    arguments = arguments_of(lock.config)
+    arguments += ["--daemon"] if daemon else [ATTENDED_FLAG] if attended else []
+    arguments += [RESUME_FLAG, json.dumps(handed_over)]
+    signal.pthread_sigmask(signal.SIG_BLOCK, NODE_SIGNALS)
+    os.execv(sys.executable, [sys.executable, PROGRAM, *arguments])
+
+
+def resume_node(
+    config: Config, load: Callable[[], Config], arguments: argparse.Namespace
+) -> int:
+    """Go on as the node that this process was before an upgrade."""
+    resumed = json.loads(arguments.resume)
+    config.warnings += keep_place(config, resumed["place"])
+    lock = NodeLock(config)
+    lock.resume(resumed["lock"])
+    log_path = config.state_file("node.log") if arguments.daemon else None
+    attended = arguments.attended
+    return run_node(lock, load, log_path, lambda: None, attended, resumed)
 
 
 def stop_at_end_of_input(node: Node) -> None:
@@ -4591,6 +4809,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         ("--options", "JSON", None, "with --run: the options of the job"),
     ):
         parser.add_argument(name, metavar=metavar, default=default, help=does)
+    parser.add_argument(RESUME_FLAG, help=argparse.SUPPRESS)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
     )
@@ -4640,6 +4859,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         return load_config(path, settings)
 
     config = load()
+    if arguments.resume:
+        return resume_node(config, load, arguments)
     if arguments.daemon:
         return run_in_background(config, load)
     if arguments.stop:

@@ -100,6 +100,16 @@ def our_processes() -> list[str]:
     return found
 
 
+def gone_but_unburied(parent: int) -> bool:
+    """Has that process a zombie among its children?"""
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+            state, pid = file.read().rpartition(")")[2].split()[:2]
+            if state == "Z" and int(pid) == parent:
+                return True
+    return False
+
+
 def a_worker_runs() -> bool:
     """A worker is a fork of the fork server, and looks like it."""
     return sum("--fork-server" in line for line in our_processes()) >= 2
@@ -251,6 +261,7 @@ class NodeProcess:
         self.write_actions(actions or {})
         self.write_config()
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = ""  # a copy of the program, with its constants as they are
 
     def write_actions(self, actions: dict[str, str]) -> None:
         os.makedirs(self.path("actions"), exist_ok=True)
@@ -283,8 +294,10 @@ class NodeProcess:
             f"import sys; sys.path.insert(0, {HERE!r}); import crowdnode; {constants}"
             "sys.exit(crowdnode.main())"
         )
-        config = self.path("crowdnode.conf")
-        return [sys.executable, "-c", program, "--config", config, *arguments]
+        start = [sys.executable, self.program]
+        if not self.program:
+            start = [sys.executable, "-c", program]
+        return [*start, "--config", self.path("crowdnode.conf"), *arguments]
 
     def start(self, wait: bool = True) -> NodeProcess:
         before = self.said("has checked in with")
@@ -377,6 +390,9 @@ class NodeProcess:
     def units(self) -> list[str]:
         return os.listdir(self.path("state", "units"))
 
+    def record(self, unit_id: Any) -> bytes:
+        return crowdnode.read_file(self.path("state", "units", str(unit_id)))
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """End the node alone, as the OOM killer would."""
         assert self.process
@@ -461,6 +477,17 @@ class Sleeper(Action):
         return "slept"
 """
 
+WAITER = """
+import os, time
+from crowdnode import Action
+
+class Waiter(Action):
+    def process(self):
+        while not os.path.exists(self.input):
+            time.sleep(0.01)
+        return "seen"
+"""
+
 BROKEN = """
 from crowdnode import Action
 
@@ -486,6 +513,7 @@ class Pieces(Action):
 ACTIONS = {
     "echo.py": ECHO,
     "sleeper.py": SLEEPER,
+    "waiter.py": WAITER,
     "broken.py": BROKEN,
     "pieces.py": PIECES,
 }
@@ -2176,6 +2204,7 @@ class Recovery(CrowdTest):
             ("3", head.replace(b"4", b"3")),
             ("4", head + b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'),
             ("5", b"crowdnode-unit 99 of the future\n"),
+            ("12", b"crowdnode-unit 2 of the future\n"),
             ("6", b"crowdnode-unit 1 [nonsense]\n"),
             ("7", os.urandom(1000) + b"\n"),
             ("10", head + b"pid 999999\n"),
@@ -2191,11 +2220,14 @@ class Recovery(CrowdTest):
         wait_for(lambda: not os.path.exists(os.path.join(units, "4")), "it is settled")
         self.assertEqual(
             sorted(node.units()),
-            ["10.odd", "11.odd", "5.odd", "6.odd", "7.odd", "9.odd"],
+            ["10.odd", "11.odd", "12", "5", "6.odd", "7.odd", "9.odd"],
         )
+        for name in ("5", "12"):  # another version's, and said once
+            self.assertEqual(node.said(f"units/{name} is left alone: it is of"), 1)
         reported = [path for _, path, _ in node.central.calls if "/work/" in path]
         self.assertEqual(reported, ["/work/4"])
         self.assertEqual(node.do(unit(5)), ("succeeded", "x"))
+        self.assertIn("5.odd", node.units())  # out of the way of a unit of its name
 
     def test_a_stopped_fork_server_is_refused_for_and_replaced(self) -> None:
         constants = {"START_DEADLINE": 0.3, "PROBE_DEADLINE": 0.5, "SEND_DEADLINE": 1}
@@ -2284,6 +2316,165 @@ class Recovery(CrowdTest):
 # ---------------------------------------------------------------------------
 # Daemon
 # ---------------------------------------------------------------------------
+
+
+class Upgrade(CrowdTest):
+    """The program's file is replaced while a node runs."""
+
+    def installed(self, daemon: bool = True, **options: Any) -> NodeProcess:
+        """A node that runs from a copy of the program, as on a user's machine."""
+        node = self.prepared(**options)
+        node.program = "crowdnode.py"  # as a user in its directory would say
+        self.install(node, "1.0.0")
+        if daemon:
+            node.write_config(port=self.free_port())
+            self.assertEqual(node.run("--daemon").returncode, 0)
+        return node
+
+    def free_port(self) -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return int(listener.getsockname()[1])
+
+    def install(self, node: NodeProcess, version: str, more: str = "") -> None:
+        """Put a version of the program in the place of the one that is there."""
+        with open(PROGRAM, encoding="utf-8") as file:
+            text = file.read()
+        for old, new in (
+            ('__version__ = "1.0.0"', f'__version__ = "{version}"'),
+            ("MONITOR_INTERVAL = 3 ", "MONITOR_INTERVAL = 0.1 "),
+            ("RETRY_WAIT = 5 ", "RETRY_WAIT = 0.2 "),
+            ('if __name__ == "__main__":', f'{more}\nif __name__ == "__main__":'),
+        ):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        with open(node.path("new"), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(node.path("new"), node.path(node.program))
+
+    def fork_server(self, node: NodeProcess) -> int:
+        return int(node.status()["fork_server"]["pid"])
+
+    def upgraded(self, node: NodeProcess, version: str) -> None:
+        """Wait until the node is of that *version*."""
+        wait_for(
+            lambda: node.said(f"crowdnode {version}, 127.0.0.1 port"), "an upgrade"
+        )
+        self.assertEqual(node.status()["version"], version)
+
+    def test_a_stop_and_a_start_settle_what_the_old_version_has_left(self) -> None:
+        node = self.installed(drain_time=0)
+        node.take(unit(1, "sleeper", "60"))
+        node.central.stop()  # so that an outcome is left on disk
+        node.take(unit(2, "echo", "kept"))
+        wait_for(lambda: b"succeeded" in node.record(2), "an outcome")
+        self.install(node, "1.0.1")
+        self.assertEqual(node.run("--stop").returncode, 0)
+        node.central.start()
+        self.assertEqual(node.run("--daemon").returncode, 0)
+        self.upgraded(node, "1.0.1")
+        self.assertEqual(node.central.outcome(2), ("succeeded", "kept"))
+        self.assertEqual(node.central.reports(1), [])  # central was to let go of it
+        wait_for(lambda: not node.units(), "no record is left")
+
+    def test_a_kill_and_a_start_take_over_what_runs(self) -> None:
+        node = self.installed()
+        long = unit(1, "waiter", node.path("go"))
+        pid = node.take(long)
+        self.install(node, "1.0.1")
+        os.kill(node.status()["pid"], signal.SIGKILL)
+        self.assertEqual(node.run("--daemon").returncode, 0)
+        self.upgraded(node, "1.0.1")
+        self.assertEqual(node.take(long), pid)
+        open(long["input"], "w").close()
+        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_a_reload_goes_on_as_the_new_version_in_the_same_process(self) -> None:
+        for daemon in (True, False):
+            with self.subTest(daemon=daemon):
+                node = self.installed(daemon, drain_time=5)
+                if not daemon:
+                    node.start()
+                before, old = node.status(), self.fork_server(node)
+                long = unit(1, "waiter", node.path("go"))
+                pid = node.take(long)
+                self.install(node, "1.0.1")
+                self.assertEqual(node.run("--reload").returncode, 0)
+                # Nobody is turned away in the meantime.
+                self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+                self.upgraded(node, "1.0.1")
+                after = node.status()
+                for key in ("pid", "port"):
+                    self.assertEqual(after[key], before[key], key)
+                self.assertNotEqual(after["fork_server"]["pid"], old)
+                self.assertEqual(node.take(long), pid)
+                open(long["input"], "w").close()
+                self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+                self.assertEqual(node.central.told("DELETE", "/node/"), [])
+                wait_for(lambda: not gone_but_unburied(before["pid"]), "no zombie")
+                self.assertEqual(node.run("--stop").returncode, 0)
+                self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_a_dead_fork_server_is_replaced_by_an_upgrade(self) -> None:
+        node = self.installed()
+        pid = node.status()["pid"]
+        self.install(node, "1.0.1")
+        os.kill(self.fork_server(node), signal.SIGKILL)
+        self.upgraded(node, "1.0.1")
+        self.assertEqual(node.status()["pid"], pid)
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+
+    def test_an_upgrade_survives_that_central_is_away(self) -> None:
+        node = self.installed()
+        node.central.stop()
+        self.install(node, "1.0.1")
+        node.run("--reload")
+        wait_for(lambda: node.said("Failed to connect"), "a check-in that fails")
+        wait_for(lambda: node.status()["version"] == "1.0.1", "an upgrade")
+        node.central.start()
+        wait_for(lambda: len(node.central.check_ins()) == 2, "another check-in")
+
+    def test_a_new_version_that_does_not_work_is_refused_and_the_old_goes_on(
+        self,
+    ) -> None:
+        node = self.installed()
+        self.addCleanup(self.install, node, "1.0.0")  # which can stop it
+        before = node.status()
+        for more, problem in (
+            ("raise RuntimeError('half a copy')", "RuntimeError: half a copy"),
+            ("def broken(:", "SyntaxError"),
+            ('del NODE_KEYS["drain_time"]', "unknown key"),
+        ):
+            with self.subTest(problem):
+                reloads = node.said("reloaded; actions")
+                self.install(node, "1.0.1", more)
+                os.kill(before["pid"], signal.SIGHUP)
+                wait_for(lambda: node.said("reloaded; actions") > reloads, "a reload")
+                self.assertIn(problem, node.log())
+                self.assertEqual(node.said("that does not work here"), reloads + 1)
+        after = node.status()
+        self.assertEqual((after["version"], after["pid"]), ("1.0.0", before["pid"]))
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        os.kill(self.fork_server(node), signal.SIGKILL)  # the next is of the old too
+        wait_for(lambda: node.status()["fork_server"]["restarts"], "another one")
+        wait_for(lambda: not node.status()["overloaded"], "work is taken again")
+        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+        self.assertEqual(node.status()["version"], "1.0.0")
+
+    def test_an_old_node_never_starts_a_fork_server_of_another_version(self) -> None:
+        node = self.installed(daemon=False)
+        os.makedirs(node.path("state", "crowdnode.pyc"))  # so that it can't be kept
+        node.start()
+        self.assertTrue(node.said("can't write"))
+        self.addCleanup(self.install, node, "1.0.0")
+        self.install(node, "1.0.1", "raise RuntimeError")
+        os.kill(self.fork_server(node), signal.SIGKILL)
+        wait_for(lambda: node.said("not what this node runs any more"), "a refusal")
+        self.assertEqual(node.post(unit(1))[0], 503)
+        self.install(node, "1.0.2")
+        self.upgraded(node, "1.0.2")
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
 
 
 class Daemon(CrowdTest):
@@ -2696,6 +2887,7 @@ class Configuration(CrowdTest):
         os.mkdir(os.path.join(os.path.dirname(path), "actions"))
         config = crowdnode.load_config(path, settings)
         crowdnode.write_config(config, path)
+        config.settings = []  # they stand in the file now
         again = crowdnode.load_config(path, [])
         self.assertEqual(vars(again), vars(config))
 
