@@ -90,9 +90,9 @@ if TYPE_CHECKING:
     import urllib.request
     from http.server import BaseHTTPRequestHandler as HandlerBase
     from http.server import ThreadingHTTPServer as ServerBase
-    from typing import Any, Callable, Dict, List, NoReturn, Tuple
+    from typing import Any, Callable, Dict, Iterable, List, NoReturn, Tuple
 
-    Fields = List[Tuple[str, str]]
+    Fields = List[Tuple[str, bytes]]
     Json = Dict[str, Any]
 else:
     # listen() puts the real bases below the two classes that stand on these.
@@ -143,9 +143,11 @@ SCRAPE_DEADLINE = 5  # seconds for uptime and vm_stat
 REQUEST_DEADLINE = 20  # seconds for a whole request, however it drips
 LINGER = 2  # seconds for a refused sender to notice
 START_DEADLINE = 5  # seconds for the fork server to answer for a unit
+ERROR_PAUSE = 0.02  # seconds, where the kernel has refused what must be done
 SEND_DEADLINE = 10  # seconds for the fork server to read a message
 CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
 LOAD_DEADLINE = 60  # seconds for the fork server to load the actions
+RELOAD_PATIENCE = 60  # seconds for actions to load again after a fork server's death
 PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
 RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
@@ -170,7 +172,11 @@ EXIT_INTERRUPTED = 130
 PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
 
+FORM_SAFE = b"%% %s%s0123456789-._~" % (
+    bytes(range(ord("A"), ord("Z") + 1)), bytes(range(ord("a"), ord("z") + 1))
+)  # fmt: skip
 RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl.h
 UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 FORK_SERVER_FLAG = "--fork-server"  # internal: this process is a fork server
@@ -332,18 +338,28 @@ def empty_directory(directory: str, root: str, number: int) -> list[str]:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy the content of *source*; see remove_tree for why not with shutil."""
-    with open(source, "rb", 0) as reader, open(target, "wb", 0) as writer:
-        for piece in iter(lambda: reader.read(MEGABYTE), b""):
-            write_all(writer.fileno(), piece)
+    """Copy the content of *source* into a private file; see remove_tree for why not
+    with shutil."""
+    with open(source, "rb", 0) as reader:
+        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            for piece in iter(lambda: reader.read(MEGABYTE), b""):
+                write_all(writer, piece)
+        finally:
+            os.close(writer)
 
 
-def make_private_directory(path: str) -> str:
-    """Make *path* (and what is above it) if need be; only this user may look in.
+def make_private_directory(path: str) -> None:
+    """Make *path*, and what is above it, if need be; only this user may look in.
 
-    Raises OSError."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    return path
+    Not os.makedirs: for what is above it goes by the umask alone.  Raises OSError."""
+    if not os.path.isdir(path):
+        make_private_directory(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise  # it is no directory; or else somebody was quicker
 
 
 def signal_name(number: int) -> str:
@@ -381,8 +397,55 @@ def kill_worker(pid: int, number: int) -> None:
     if not kill_group(pid, number):
         try:
             os.kill(pid, number)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):
             pass
+
+
+def load_prctl() -> Callable[..., int] | None:
+    """Linux's prctl, which Python does not have; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        import ctypes
+
+        return ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
+def children() -> list[int]:
+    """The children of this process, where the kernel tells; Linux's proc(5)."""
+    found: list[int] = []
+    try:
+        for task in os.listdir("/proc/self/task"):
+            pids = read_file(f"/proc/self/task/{task}/children")
+            found += [int(pid) for pid in pids.split()]
+    except OSError:
+        pass
+    return found
+
+
+def end_children(spared: Iterable[int] = ()) -> None:
+    """KILL the children of this process but those that are *spared*."""
+    for pid in children():
+        if pid not in spared:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+
+
+def end_descendants() -> None:
+    """End the children of this process, and theirs, which are then its own: see
+    ForkServer.become_subreaper.  Gives up after KILL_GRACE."""
+    deadline = time.monotonic() + KILL_GRACE
+    try:
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                end_children()
+                time.sleep(0.001)
+    except ChildProcessError:
+        pass  # there is none left
 
 
 # ---------------------------------------------------------------------------
@@ -849,7 +912,7 @@ class Record:
     def __init__(self) -> None:
         self.unit: Json | None = None
         self.pid: int | None = None
-        self.outcome: tuple[str, str, str] | None = None
+        self.outcome: tuple[str, str, bytes] | None = None
         self.withdrawn = False
 
 
@@ -877,9 +940,9 @@ def parse_record(data: bytes) -> Record:
             elif word == b"pid":
                 record.pid = int(rest)
             elif word in (b"succeeded", b"failed"):
-                seconds, _, output = rest.decode().partition(" ")
-                if output.endswith("}"):
-                    record.outcome = (word.decode(), seconds, output)
+                seconds, _, output = rest.partition(b" ")
+                if output.endswith(b"}"):
+                    record.outcome = (word.decode(), seconds.decode(), output)
                 elif line.endswith(WITHDRAWN.strip()):  # of a worker killed in writing
                     record.withdrawn = True
                 else:
@@ -1148,11 +1211,11 @@ class ExecutableAction(Action):
             "file_name": self.file_name,
             "options": self.options,
         }
-        stdin, stdout = self._unnamed_file(), self._unnamed_file()
-        write_all(stdin, json.dumps(request).encode())
-        os.lseek(stdin, 0, os.SEEK_SET)
-        errors_from = os.lseek(2, 0, os.SEEK_END)
         try:
+            stdin, stdout = self._unnamed_file(), self._unnamed_file()
+            write_all(stdin, json.dumps(request).encode())
+            os.lseek(stdin, 0, os.SEEK_SET)
+            errors_from = os.lseek(2, 0, os.SEEK_END)
             pid = os.posix_spawn(
                 self.path,
                 [self.path, stage],
@@ -1164,13 +1227,13 @@ class ExecutableAction(Action):
                 # Python ignores these, and the program should not.
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
             )
+            status = os.waitpid(pid, 0)[1]
         except OSError as error:
             hint = " (it needs a first line such as #!/bin/sh)"
             hint = hint if error.errno == errno.ENOEXEC else ""
             raise ActionFailed(
                 f"can't start {self.path}: {error.strerror}{hint}"
             ) from None
-        status = os.waitpid(pid, 0)[1]
         if status:
             how = describe_end(status)
             errors = printed_since(errors_from)
@@ -1189,10 +1252,11 @@ class ExecutableAction(Action):
 
     def _result(self, descriptor: int) -> Any:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        with open(descriptor, "rb") as file:
-            data = file.read()
         try:
-            output = data.decode()
+            with open(descriptor, "rb") as file:
+                output = file.read().decode()
+        except OSError as error:
+            raise ActionFailed(f"can't read standard output: {error}") from None
         except UnicodeDecodeError as error:
             raise ActionFailed(f"standard output is not UTF-8: {error}") from None
         try:
@@ -1274,11 +1338,18 @@ class ActionLoader:
         self.problems: list[tuple[str, str]] = []
 
     def load(self) -> dict[str, type[Action]]:
-        """Load every action; one that does not load is left out, and said."""
+        """Load every action; one that does not load is left out, and said.
+
+        None at all, where the directory of actions can't be read."""
         # A module says "from crowdnode import Action" though this runs as __main__.
         sys.modules.setdefault("crowdnode", sys.modules[__name__])
         origin: dict[str, str] = {}
-        for path in self._candidates():
+        try:
+            candidates = self._candidates()
+        except OSError as error:
+            self._error(f"actions_path: {error}")
+            return {}
+        for path in candidates:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in origin:
                 self._error(
@@ -1307,15 +1378,14 @@ class ActionLoader:
         self.problems.append(("warning", sentence))
 
     def _candidates(self) -> list[str]:
-        """The files in actions_path that may be actions, by name."""
+        """The files in actions_path that may be actions, by name.
+
+        Raises OSError where it can't be read, which is no reason to do without them."""
         directory = self.config.actions_path
         try:
             names = sorted(os.listdir(directory))
         except FileNotFoundError:
             return []  # fine: there are built-in ones
-        except OSError as error:
-            self._error(f"actions_path: {error}")
-            return []
         paths = [os.path.join(directory, name) for name in names if name[0] not in "._"]
         return [path for path in paths if os.path.isfile(path) and self._is_one(path)]
 
@@ -1453,6 +1523,7 @@ class Worker:
         except BaseException as error:
             return "failed", encoded_failure(self._explain(error))
         finally:
+            end_descendants()
             if directory:
                 self._leave(directory)
 
@@ -1516,13 +1587,16 @@ class Worker:
     def _make_work_directory(self) -> str:
         path = self.config.work_directory(self.name, self.unit["id"])
         try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:  # of an earlier attempt
-            remove_tree(path)
-            os.mkdir(path, 0o700)
-        except FileNotFoundError:
-            os.makedirs(path, 0o700)
-        os.chdir(path)
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:  # of an earlier attempt
+                remove_tree(path)
+                os.mkdir(path, 0o700)
+            except FileNotFoundError:
+                make_private_directory(path)
+            os.chdir(path)
+        except OSError as error:
+            raise ActionFailed(f"can't make {path}: {error.strerror}") from None
         return path
 
     def _leave(self, directory: str) -> None:
@@ -1550,6 +1624,7 @@ class Worker:
     def _write_outcome(self, status: str, output: bytes) -> None:
         """Write the outcome's line, or at least that it can't be written."""
         self._lift_limits()
+        self._find_record()
         size = os.fstat(self.record).st_size
         for _ in range(2):
             line = b"%s %.6f %s\n" % (status.encode(), self.time_taken(), output)
@@ -1562,6 +1637,16 @@ class Worker:
                 reason = f"the outcome can't be written: {error.strerror}"
                 status, output = "failed", encoded_failure(reason)
         raise OSError("the outcome can't be written")
+
+    def _find_record(self) -> None:
+        """Open the record again, should the action have closed its descriptor."""
+        path = os.path.join(self.config.units_path, str(self.unit["id"]))
+        try:
+            if os.path.samestat(os.fstat(self.record), os.stat(path)):
+                return
+        except OSError:
+            pass
+        self.record = os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
 def encoded_output(result: Any) -> bytes:
@@ -1618,6 +1703,8 @@ class ForkServer:
         self.open = True  # the node may send more
         self.config = Config({})
         self.actions: dict[str, type[Action]] = {}
+        self.own: list[int] = []  # processes that the actions' modules have started
+        self.prctl: Callable[..., int] | None = None
 
     def serve(self) -> None:
         """Run until the node has gone and the last worker has ended."""
@@ -1629,7 +1716,12 @@ class ForkServer:
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
         while self.open or self.children:
-            self.step()
+            try:
+                self.step()
+            except OSError as error:  # none that is known of; all the same, go on
+                print(f"a step failed: {error}; trying again", file=sys.stderr)
+                time.sleep(ERROR_PAUSE)
+                os.write(self.wake_writer, b"\0")  # a worker's end may be unseen
 
     def step(self) -> None:
         """Wait for one event and do what it asks for."""
@@ -1674,8 +1766,10 @@ class ForkServer:
                 del self.to_send[: os.write(self.link, self.to_send)]
         except BlockingIOError:
             pass
-        except OSError:  # the node has gone; what it should know is in the records
+        except ConnectionError:  # the node has gone; what it should know is on disk
             self.to_send.clear()
+        except OSError:  # no buffers, say: the next step tries again
+            time.sleep(ERROR_PAUSE)
 
     def handle(self, message: list[Any]) -> None:
         """Do what one message of the node asks for."""
@@ -1703,10 +1797,18 @@ class ForkServer:
             import warnings  # what it would say has been said better, as a problem
 
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
+        self.own, self.prctl = children(), load_prctl()
+        self.become_subreaper()
         stages = {name: stages_of(action) for name, action in self.actions.items()}
         self._send("ready", stages, loader.problems)
         gc.collect()
         gc.freeze()  # or the first collection in a worker would copy every page
+
+    def become_subreaper(self) -> None:
+        """Have a descendant that loses its parent become this process's child, so that
+        a daemon that a unit has left can be ended; prctl(2), on Linux alone."""
+        if self.prctl:
+            self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def start(self, digest: str, unit: Json) -> None:
         """Accept *unit*: write its record, fork its worker, say its pid."""
@@ -1763,6 +1865,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             for descriptor in (self.link, self.wake, self.wake_writer):
                 os.close(descriptor)
+            self.become_subreaper()
             action = self.actions.get(unit["action"])
             Worker(unit, action, self.config, record).run()
             code = EXIT_OK
@@ -1780,10 +1883,12 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            kill_group(pid, signal.SIGKILL)
             child = self.children.pop(pid, None)
             if child:
                 self._send("ended", child.unit_id, status, child.timed_out)
+            kill_group(pid, signal.SIGKILL)
+            if status or not child:  # it has not ended its children itself
+                end_children({*self.children, *self.own})
             if len(self.deadlines) > 2 * len(self.children) + 100:
                 self._forget_deadlines()
 
@@ -1896,15 +2001,15 @@ class Central:
         for dialect in dialects:  # an unknown node is no error
             self._call("DELETE", self._node_path(dialect), None, CHECK_OUT_TIMEOUT)
 
-    def report(self, unit: Unit, status: str, seconds: str, output: str) -> None:
+    def report(self, unit: Unit, status: str, seconds: str, output: bytes) -> None:
         """Report a unit's outcome; *output* is JSON text.
 
         Source of the fields and their order: wire/new-report-*.request."""
         fields = [
-            ("pid", str(unit.pid)),
-            ("id", str(unit.id)),
-            ("time", seconds),
-            ("status", status),
+            ("pid", b"%d" % (unit.pid or 0)),
+            ("id", str(unit.id).encode()),
+            ("time", seconds.encode()),
+            ("status", status.encode()),
             ("output", output),
         ]
         self._call("PUT", f"/work/{unit.id}", fields, self.config.report_timeout)
@@ -1926,19 +2031,19 @@ class Central:
         """Never the newer form with a port: an old central takes it for a second node.
 
         A tag or a limit that there is not is left out; see protocol.md."""
-        fields = [("port", str(self.port))] if dialect == "seed" else []
-        fields.append(("busy", "true" if busy else "false"))
+        fields = [("port", b"%d" % self.port)] if dialect == "seed" else []
+        fields.append(("busy", b"true" if busy else b"false"))
         if dialect != "seed" and self.config.tag:
-            fields.append(("tag", self.config.tag))
+            fields.append(("tag", self.config.tag.encode()))
         if self.config.max_workers:
-            fields.append(("max_workers", str(self.config.max_workers)))
-        fields.append(("enabled_actions", ",".join(actions)))
+            fields.append(("max_workers", b"%d" % self.config.max_workers))
+        fields.append(("enabled_actions", ",".join(actions).encode()))
         return fields
 
     def _call(
         self, method: str, path: str, fields: Fields | None, timeout: float
     ) -> None:
-        data = urllib.parse.urlencode(fields).encode() if fields else None
+        data = form_encoded(fields) if fields else None
         url = self.config.central_server + path
         request = urllib.request.Request(url, data, self._headers, method=method)
         try:
@@ -1970,6 +2075,24 @@ class Central:
             refused = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
             return CentralError(str(reason), refused=refused)
         return CentralError(f"{type(error).__name__}: {error}")
+
+
+def form_encoded(fields: Fields) -> bytes:
+    """*fields* as application/x-www-form-urlencoded.
+
+    What urllib.parse.urlencode gives; that needs 10 bytes of memory for each, and
+    seconds, where an output has 100 MB."""
+    return b"&".join(
+        name.encode() + b"=" + form_quoted(value) for name, value in fields
+    )
+
+
+def form_quoted(value: bytes) -> bytes:
+    """*value* as it stands in a form."""
+    value = value.replace(b"%", b"%25")
+    for code in set(value.translate(None, FORM_SAFE)):
+        value = value.replace(bytes([code]), b"%%%02X" % code)
+    return value.replace(b" ", b"+")
 
 
 def basic_credentials(config: Config) -> str:
@@ -2374,6 +2497,9 @@ class ForkServerLink:
                     log.exception("a message of the fork server: %s", message)
         status = self._process.wait()
         self._socket.close()
+        with contextlib.suppress(OSError):
+            log_output("fork server", read_file(self.output, OUTPUT_TAIL))
+            os.truncate(self.output, 0)
         killed = f"killed by {signal_name(-status)}"
         self.gone = killed if status < 0 else f"exit status {status}"
         try:
@@ -2409,6 +2535,8 @@ def put_away(directory: str) -> None:
         try:
             os.rename(directory, rubbish)
             threading.Thread(target=sweep, args=[rubbish], daemon=True).start()
+        except FileNotFoundError:
+            pass
         except (OSError, RuntimeError) as error:
             log.warning("can't remove %s: %s", directory, error)
 
@@ -2749,7 +2877,7 @@ class Units:
             entry.withdrawn = True  # even if its record can't be removed now
             self._remove(entry)
 
-    def _outcome(self, entry: Unit) -> tuple[str, str, str, str]:
+    def _outcome(self, entry: Unit) -> tuple[str, str, bytes, str]:
         """status, seconds and output to report; and under what it counts.
 
         Raises OSError where that can't be read now."""
@@ -2776,8 +2904,8 @@ class Units:
             printed = read_file(self._path(entry) + ".out", MESSAGE_TAIL)
             last = printed.decode("utf-8", "replace").strip()
             message += f"; its last words: {last}" if last else ""
-        output, seconds = encoded_failure(message).decode(), f"{entry.seconds():.6f}"
-        self._write_outcome(entry, f"failed {seconds} {output}\n".encode())
+        output, seconds = encoded_failure(message), f"{entry.seconds():.6f}"
+        self._write_outcome(entry, b"failed %s %s\n" % (seconds.encode(), output))
         return "failed", seconds, output, kind
 
     def _write_outcome(self, entry: Unit, line: bytes) -> None:
@@ -2790,7 +2918,7 @@ class Units:
         except OSError as error:
             log.warning("%s: can't write down its end: %s", entry, error)
 
-    def _log_outcome(self, entry: Unit, kind: str, seconds: str, output: str) -> None:
+    def _log_outcome(self, entry: Unit, kind: str, seconds: str, output: bytes) -> None:
         with contextlib.suppress(OSError):
             printed = read_file(self._path(entry) + ".out", OUTPUT_TAIL)
             log_output(f"worker[{entry.pid}]", printed)
@@ -2835,6 +2963,8 @@ class Units:
                     self._remove(entry)  # which has failed before
                 elif entry.state != "ended" and entry.link is None:
                     self._look_after(entry)
+                elif entry.state == "running" and entry.withdrawn:
+                    self.signal(entry, signal.SIGKILL)  # should the first be lost
 
     def adopt(self, name: str, wanted: bool = False) -> None:
         """Take over the record *name*, which an earlier node or fork server left.
@@ -3580,14 +3710,22 @@ class Node:
         return ours
 
     def replace_fork_server(self, link: ForkServerLink) -> None:
-        """Start another fork server instead of *link*; workers do not notice."""
+        """Start another fork server instead of *link*; workers do not notice.
+
+        An action that loaded before is given some time to load again: whatever ended
+        the last fork server may keep the next from reading it."""
         backoff = Backoff()
+        give_up = time.monotonic() + RELOAD_PATIENCE
         while not self.stopping and self.link is link:
             if program_is_replaced():
                 os.write(self.signal_writer, bytes([signal.SIGHUP]))  # for an upgrade
             self.restarts += 1
             try:
                 fresh = self.start_fork_server(self.config)
+                lost = set(link.actions) - set(fresh.actions)
+                if lost and time.monotonic() < give_up:
+                    fresh.kill()
+                    raise CrowdError(f"{', '.join(sorted(lost))} did not load")
             except (CrowdError, OSError, RuntimeError) as error:
                 wait = backoff.failed()
                 log.error("no fork server: %s; again in %.0f s", error, wait)
@@ -4061,7 +4199,7 @@ class LocalCentral:
             "options": self.options,
             "status": task.status,
         }
-        data = urllib.parse.urlencode({"work_unit": json.dumps(unit)}).encode()
+        data = form_encoded([("work_unit", json.dumps(unit).encode())])
         headers = {"Authorization": basic_credentials(self.config)}
         request = urllib.request.Request(f"http://{node}/work", data, headers)
         try:
@@ -4891,11 +5029,11 @@ def open_standard_descriptors() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line.  Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    open_standard_descriptors()
-    if words[:1] == [FORK_SERVER_FLAG]:
-        return run_fork_server(int(words[1]))
-    import_command_modules()
     try:
+        open_standard_descriptors()
+        if words[:1] == [FORK_SERVER_FLAG]:
+            return run_fork_server(int(words[1]))
+        import_command_modules()
         status = run_command(parse_arguments(words))
         sys.stdout.flush()
         return status

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import gzip
 import http.client
 import http.server
@@ -887,6 +888,13 @@ class FirstRun(CrowdTest):
 
 
 class CheckIn(CrowdTest):
+    def test_forms_are_encoded_as_the_standard_library_does(self) -> None:
+        for value in (b"", b"a b+c&d=e%20", bytes(range(256)), "\u20ac\n".encode()):
+            self.assertEqual(
+                crowdnode.form_encoded([("name", value), ("x", b"y")]).decode(),
+                urllib.parse.urlencode([("name", value), ("x", b"y")]),
+            )
+
     def test_each_dialect_is_found_from_either_kind_of_central(self) -> None:
         for seed, paths in (
             (True, ["/node/node1.example"]),
@@ -900,7 +908,7 @@ class CheckIn(CrowdTest):
                 port = node.port
                 calls = [path for method, path, _ in central.calls if method == "PUT"]
                 self.assertEqual(calls, [path.format(port=port) for path in paths])
-                names = "broken,echo,pieces,sleeper,word_count"
+                names = "broken,echo,pieces,sleeper,waiter,word_count"
                 wanted = {
                     "busy": "false",
                     "max_workers": "50",
@@ -1999,7 +2007,7 @@ class Loading(CrowdTest):
             file.write("#!/bin/sh\n")
         actions = node.status()["actions"]
         self.assertEqual(
-            actions, ["broken", "echo", "pieces", "sleeper", "twice", "word_count"]
+            actions, sorted(["twice", "word_count", *(name[:-3] for name in ACTIONS)])
         )
         for said in (
             "syntax.py is left out: SyntaxError: ",
@@ -2043,7 +2051,7 @@ class Loading(CrowdTest):
             },
             disabled_actions="broken, nosuch",
         )
-        actions = ["echo", "pieces", "sleeper", "word_count"]
+        actions = ["echo", "pieces", "sleeper", "waiter", "word_count"]
         self.assertEqual(node.status()["actions"], actions)
         self.assertEqual(node.do(unit(action="word_count")), ("succeeded", 42))
         self.assertEqual(node.said("disabled_actions: there is no action nosuch"), 1)
@@ -2076,6 +2084,17 @@ class Recovery(CrowdTest):
         self.assertEqual(central.outcome(1), ("succeeded", "slept"))
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
         self.assertEqual(node.status()["fork_server"]["restarts"], 1)
+
+    def test_an_action_that_loaded_before_is_waited_for(self) -> None:
+        node = self.node(constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.1})
+        path = node.path("actions", "echo.py")
+        os.rename(path, node.path("hidden"))
+        os.kill(node.status()["fork_server"]["pid"], signal.SIGKILL)
+        wait_for(lambda: node.said("echo did not load"), "a try")
+        self.assertEqual(node.post(unit(1, "echo"))[0], 503)
+        os.rename(node.path("hidden"), path)
+        wait_for(lambda: not node.status()["overloaded"], "another fork server")
+        self.assertEqual(node.do(unit(1, "echo")), ("succeeded", "x"))
 
     def test_an_orphan_keeps_its_time_limit_and_its_death_is_noticed(self) -> None:
         central = self.central()
@@ -2316,6 +2335,348 @@ class Recovery(CrowdTest):
 # ---------------------------------------------------------------------------
 # Daemon
 # ---------------------------------------------------------------------------
+
+
+ROGUE = """
+import os, shutil, signal, sys, threading, time
+from crowdnode import Action
+
+def daemonise():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for descriptor in range(100):
+                try:
+                    os.close(descriptor)
+                except OSError:
+                    pass
+            time.sleep(600)
+        os._exit(0)
+    os.wait()
+
+class Rogue(Action):
+    def process(self):
+        return getattr(self, self.input)()
+
+    def ignore_term(self):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+
+    def block_signals(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        time.sleep(600)
+
+    def leave_children(self):
+        for _ in range(10):
+            if os.fork() == 0:
+                time.sleep(600)
+
+    def leave_a_daemon(self):
+        daemonise()
+
+    def leave_a_daemon_and_die(self):
+        daemonise()
+        os.abort()
+
+    def leave_a_daemon_that_must_be_killed(self):
+        daemonise()
+        self.ignore_term()
+
+    def print_much(self):
+        for _ in range(200):
+            os.write(1, b"much " * 200_000)
+        return "printed"
+
+    def close_all_descriptors(self):
+        os.closerange(0, 1000)
+        return "closed"
+
+    def write_over_all_descriptors(self):
+        os.closerange(0, 1000)
+        files = [open(f"file{number}", "w") for number in range(50)]
+        return "written"
+
+    def kill_their_group(self):
+        os.killpg(0, signal.SIGKILL)
+
+    def abort(self):
+        os.abort()
+
+    def delete_their_directory(self):
+        shutil.rmtree(os.path.dirname(self.work_directory))
+        return "deleted"
+
+    def change_the_umask(self):
+        os.umask(0)
+        with open("file", "w") as file:
+            file.write("x")
+        self.save("file")
+
+    def leave_a_thread(self):
+        threading.Thread(target=time.sleep, args=[600]).start()
+        return "left"
+
+    def return_100_megabytes(self):
+        return "x" * 100_000_000
+
+    def fill_the_disk(self):
+        with open("large", "wb") as file:
+            while True:
+                file.write(bytes(1024 * 1024))
+
+    def fill_the_memory(self):
+        held = []
+        while True:
+            held.append(bytearray(16 * 1024 * 1024))
+
+    def bomb(self):
+        "Fork without end, each time into a session of its own; 200 times in all."
+        tokens = os.open("tokens", os.O_RDWR | os.O_CREAT)
+        os.write(tokens, bytes(200))
+        os.lseek(tokens, 0, os.SEEK_SET)
+        worker = os.getpid()
+        while os.read(tokens, 1):
+            if os.fork() == 0:
+                os.setsid()
+        if os.getpid() != worker:
+            time.sleep(600)
+        return "bombed"
+"""
+
+
+class Misbehaviour(CrowdTest):
+    """Actions that do what they should not."""
+
+    def misbehave(self, node: NodeProcess, deed: str) -> tuple[str, Any]:
+        """Have it done; the outcome.  What it has left must be gone then."""
+        number = len(node.central.calls)
+        outcome = node.do(unit(number, "rogue", deed))
+        wait_for(lambda: len(our_processes()) == 2, "node and fork server are left")
+        wait_for(lambda: not node.units(), "no record is left")
+        place = node.path("state", "work", "rogue", f"unit_{number}")
+        self.assertFalse(os.path.exists(place))
+        self.assertEqual(node.do(unit(f"well-{number}")), ("succeeded", "x"))
+        self.assertEqual(len(node.central.reports(number)), 1)
+        return outcome
+
+    def check_deeds(self, deeds: list[tuple[str, str, Any]], **settings: Any) -> None:
+        """Each deed with the status and output that are to be reported."""
+        node = self.node(actions={**ACTIONS, "rogue.py": ROGUE}, **settings)
+        for deed, status, output in deeds:
+            with self.subTest(deed):
+                found = self.misbehave(node, deed)
+                self.assertEqual(found[0], status, found)
+                if status == "failed":
+                    self.assertIn(output, found[1])
+                else:
+                    self.assertEqual(found[1], output)
+
+    def test_processes_that_are_left_are_ended_even_daemons(self) -> None:
+        killed = "the worker died: killed by "
+        self.check_deeds(
+            [
+                ("leave_children", "succeeded", None),
+                ("leave_a_daemon", "succeeded", None),
+                ("leave_a_daemon_and_die", "failed", f"{killed}SIGABRT"),
+                ("leave_a_thread", "succeeded", "left"),
+                ("kill_their_group", "failed", f"{killed}SIGKILL"),
+                ("abort", "failed", f"{killed}SIGABRT"),
+                ("bomb", "succeeded", "bombed"),
+            ]
+        )
+
+    def test_nothing_keeps_a_unit_from_its_end_at_the_time_limit(self) -> None:
+        exceeded = "time_limit of 0.2 s exceeded"
+        self.check_deeds(
+            [
+                ("ignore_term", "failed", exceeded),
+                ("block_signals", "failed", exceeded),
+                ("leave_a_daemon_that_must_be_killed", "failed", exceeded),
+            ],
+            **{"action rogue": "time_limit = 0.2"},
+        )
+
+    def test_what_is_written_and_kept_is_limited(self) -> None:
+        self.check_deeds(
+            [
+                ("fill_the_disk", "failed", "File too large"),
+                ("fill_the_memory", "failed", "memory_limit is 200 MB"),
+                ("return_100_megabytes", "failed", "memory_limit is 200 MB"),
+            ],
+            **{"action rogue": "file_limit = 5\nmemory_limit = 200"},
+        )
+
+    def test_large_outputs_are_borne(self) -> None:
+        self.check_deeds(
+            [
+                ("print_much", "succeeded", "printed"),
+                ("return_100_megabytes", "succeeded", "x" * 100_000_000),
+            ]
+        )
+
+    def test_descriptors_files_and_modes_are_their_own_affair(self) -> None:
+        store = os.path.join(self.directory(), "storage")
+        self.check_deeds(
+            [
+                ("close_all_descriptors", "succeeded", "closed"),
+                ("write_over_all_descriptors", "succeeded", "written"),
+                ("delete_their_directory", "succeeded", "deleted"),
+                ("change_the_umask", "succeeded", None),
+            ],
+            local_storage_path=store,
+        )
+        for path, _, files in os.walk(store):
+            for name in ("", *files):
+                mode = os.stat(os.path.join(path, name)).st_mode
+                self.assertEqual(mode & 0o077, 0, (path, name))
+
+
+# What Python loads first in the node, its fork server and workers.  It has one call of
+# the system fail, once, where the program makes it: CALL PLACE CALLER ERRNO, in a file
+# that all of them map.  Or, told "trace", it writes down the places.
+SITECUSTOMIZE = """
+import builtins, fcntl, mmap, os, socket, sys
+
+path = os.environ["CROWDNODE_FAULTS"]
+with open(path, "r+b") as file:
+    armed = mmap.mmap(file.fileno(), 512)
+seen = os.open(path + ".seen", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def wrap(module, name):
+    real = getattr(module, name)
+
+    def call(*args, **options):
+        frame = sys._getframe(1)
+        if armed[0] and frame.f_code.co_filename.endswith("crowdnode.py"):
+            site = " ".join((name, *(
+                f"{code.f_code.co_name}:{code.f_lineno}"
+                for code in (frame, frame.f_back)
+            )))
+            wanted = armed[:].rstrip(bytes(1)).decode()
+            if wanted == "trace":
+                write(seen, site.encode() + b"\\n")
+            elif wanted.rpartition(" ")[0] == site:
+                armed[0] = 0
+                number = int(wanted.rpartition(" ")[2])
+                raise OSError(number, os.strerror(number))
+        return real(*args, **options)
+
+    setattr(module, name, call)
+
+write = os.write
+for name in '''
+    chdir chmod dup2 fork ftruncate kill killpg listdir mkdir open pipe posix_spawn
+    pwrite read rename replace rmdir scandir setsid truncate unlink waitpid write
+'''.split():
+    wrap(os, name)
+wrap(builtins, "open")
+wrap(fcntl, "flock")
+wrap(socket, "socketpair")
+"""
+FAULTS = ("ENOSPC", "EMFILE", "EAGAIN", "EACCES", "EIO", "EINTR")
+
+
+class SystemCalls(CrowdTest):
+    """Every call of the system that can fail, once at each of its places."""
+
+    SUICIDE = ECHO.replace("return self.input", "os.kill(os.getpid(), 9)")
+
+    def setUp(self) -> None:
+        directory = self.directory()
+        with open(os.path.join(directory, "sitecustomize.py"), "w") as file:
+            file.write(SITECUSTOMIZE)
+        self.faults = os.path.join(directory, "faults")
+        with open(self.faults, "wb") as file:
+            file.write(bytes(512))
+        self.subject = self.node(
+            actions={
+                **ACTIONS,
+                "suicide.py": self.SUICIDE.replace("Echo", "Suicide"),
+                "shell.sh": "#!/bin/sh\necho $1\n",
+            },
+            constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.1, "START_DEADLINE": 2},
+            env={"PYTHONPATH": directory, "CROWDNODE_FAULTS": self.faults},
+        )
+        self.last_id = 0
+
+    def arm(self, text: str) -> None:
+        """Have this happen next; nothing, if it is empty."""
+        with open(self.faults, "r+b", 0) as file:
+            file.write(text.encode().ljust(512, b"\0"))
+
+    def offer(self, offered: Any) -> None:
+        """Offer a unit as central would, until it is taken."""
+        wait_for(lambda: self.is_taken(offered), "it is taken", 10)
+
+    def is_taken(self, offered: Any) -> bool:
+        status, _, body = self.subject.post(offered)
+        if status == 503:
+            self.assertEqual(body, b"Node Overloaded")
+        else:
+            self.assertEqual(status, 200, body)
+        return status == 200
+
+    def plain(self, number: int) -> None:
+        self.offer(unit(number, "echo"))
+
+    def executable(self, number: int) -> None:
+        self.offer(unit(number, "shell"))
+
+    def killed(self, number: int) -> None:
+        self.offer(unit(number, "suicide"))
+
+    def superseded(self, number: int) -> None:
+        self.offer(unit(number, "sleeper", "60"))
+        self.offer(unit(number, "echo", attempts=1))
+
+    def orphaned(self, number: int) -> None:
+        go = self.subject.path(f"go{number}")
+        self.offer(unit(number, "waiter", go))
+        old = self.subject.status()["fork_server"]["pid"]
+        os.kill(old, signal.SIGKILL)
+        wait_for(lambda: self.subject.status()["fork_server"]["pid"] != old, "another")
+        open(go, "w").close()
+
+    def play(self, scenario: Callable[[int], None]) -> None:
+        """Have a unit done, and see that it is answered for."""
+        self.last_id += 1
+        scenario(self.last_id)
+        self.subject.central.outcome(self.last_id, 10)
+        wait_for(lambda: not self.subject.units(), "no record is left", 10)
+        self.assertEqual(len(self.subject.central.reports(self.last_id)), 1)
+
+    def places(self, scenario: Callable[[int], None]) -> list[str]:
+        """Where the program calls the system, in this scenario."""
+        self.arm("trace")
+        self.play(scenario)
+        self.arm("")
+        with open(f"{self.faults}.seen", "r+") as file:
+            found = sorted(set(file.read().splitlines()))
+            file.truncate(0)
+        return found
+
+    def fail_at(self, place: str, fault: str, scenario: Callable[[int], None]) -> None:
+        with self.subTest(f"{scenario.__name__}: {place}: {fault}"):
+            self.arm(f"{place} {getattr(errno, fault)}")
+            self.play(scenario)
+        self.arm("")
+
+    def test_each_can_fail_once_and_every_unit_is_answered_for(self) -> None:
+        tried: set[str] = set()
+        for scenario in (self.plain, self.executable, self.killed, self.superseded):
+            for place in self.places(scenario):
+                for fault in FAULTS if place not in tried else ():
+                    self.fail_at(place, fault, scenario)
+                tried.add(place)
+        self.assertGreater(len(tried), 30)
+        self.assertFalse(self.subject.said("Traceback"))
+        self.assertEqual(self.subject.status()["fork_server"]["restarts"], 0)
+
+    def test_each_can_fail_once_while_a_fork_server_is_replaced(self) -> None:
+        for number, place in enumerate(self.places(self.orphaned)):
+            self.fail_at(place, FAULTS[number % len(FAULTS)], self.orphaned)
+        self.assertFalse(self.subject.said("no action named"))
+        self.assertFalse(self.subject.said("Traceback"))
 
 
 class Upgrade(CrowdTest):
