@@ -414,8 +414,10 @@ def load_prctl() -> Callable[..., int] | None:
 
 
 def children() -> list[int]:
-    """The children of this process, where the kernel tells; Linux's proc(5)."""
+    """The children of this process, as Linux's proc(5) tells; none elsewhere."""
     found: list[int] = []
+    if not sys.platform.startswith("linux"):
+        return found
     try:
         for task in os.listdir("/proc/self/task"):
             pids = read_file(f"/proc/self/task/{task}/children")
@@ -442,9 +444,11 @@ def end_descendants() -> None:
     try:
         while time.monotonic() < deadline:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                if not children():
+                    return  # the kernel does not tell; the process group is ended later
                 end_children()
                 time.sleep(0.001)
-    except ChildProcessError:
+    except OSError:
         pass  # there is none left
 
 

@@ -10,7 +10,9 @@ nothing may be left: no process, no record, no directory.
 
 from __future__ import annotations
 
+import atexit
 import base64
+import concurrent.futures
 import contextlib
 import errno
 import gzip
@@ -19,6 +21,7 @@ import http.server
 import json
 import os
 import pty
+import py_compile
 import re
 import select
 import shutil
@@ -32,6 +35,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import urllib.parse
 from typing import Any, Callable, Dict, Iterator, Optional
 
@@ -42,6 +46,7 @@ crowdnode.import_node_modules()
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "crowdnode.py")
+AT_ONCE = 4  # classes of tests
 DEADLINE = 20.0  # seconds that any wait may take; a busy machine needs some
 MARK = f"CROWDNODE_TEST={os.getpid()}"  # in the environment of all that we start
 
@@ -119,7 +124,22 @@ def a_worker_runs() -> bool:
 def environment(**more: str) -> dict[str, str]:
     """The environment of what we start."""
     key, _, value = MARK.partition("=")
-    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", key: value, **more}
+    return {**os.environ, key: value, **more}
+
+
+def keep_compiled() -> None:
+    """Compile the program once for all that we start, out of everybody's way."""
+    if "PYTHONPYCACHEPREFIX" not in os.environ:
+        directory = tempfile.mkdtemp(prefix="crowdnode-test-")
+        atexit.register(shutil.rmtree, directory)
+        os.environ["PYTHONPYCACHEPREFIX"] = directory
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        py_compile.compile(PROGRAM, compiled_program(), doraise=True)
+
+
+def compiled_program() -> str:
+    """Where that is."""
+    return os.path.join(os.environ["PYTHONPYCACHEPREFIX"], "crowdnode.pyc")
 
 
 class Central:
@@ -261,6 +281,9 @@ class NodeProcess:
         }
         self.write_actions(actions or {})
         self.write_config()
+        if not directory:  # it need not compile the program as a first node would
+            os.mkdir(self.path("state"), 0o700)
+            crowdnode.copy_file(compiled_program(), self.path("state", "crowdnode.pyc"))
         self.process: subprocess.Popen[bytes] | None = None
         self.program = ""  # a copy of the program, with its constants as they are
 
@@ -2686,6 +2709,7 @@ class Upgrade(CrowdTest):
         """A node that runs from a copy of the program, as on a user's machine."""
         node = self.prepared(**options)
         node.program = "crowdnode.py"  # as a user in its directory would say
+        os.unlink(node.path("state", "crowdnode.pyc"))
         self.install(node, "1.0.0")
         if daemon:
             node.write_config(port=self.free_port())
@@ -2825,7 +2849,7 @@ class Upgrade(CrowdTest):
 
     def test_an_old_node_never_starts_a_fork_server_of_another_version(self) -> None:
         node = self.installed(daemon=False)
-        os.makedirs(node.path("state", "crowdnode.pyc"))  # so that it can't be kept
+        os.mkdir(node.path("state", "crowdnode.pyc"))  # so that it can't be kept
         node.start()
         self.assertTrue(node.said("can't write"))
         self.addCleanup(self.install, node, "1.0.0")
@@ -2930,6 +2954,7 @@ class Daemon(CrowdTest):
         self,
     ) -> None:
         node = self.prepared()
+        shutil.rmtree(node.path("state"))
         with open(node.path("state"), "w"):
             pass
         for command in ("--status", "--stop", "--reload", "--daemon"):
@@ -2940,7 +2965,6 @@ class Daemon(CrowdTest):
 
     def test_a_state_directory_that_others_can_look_into_is_warned_of(self) -> None:
         node = self.prepared()
-        os.mkdir(node.path("state"), 0o755)
         os.chmod(node.path("state"), 0o755)
         node.start()
         self.assertEqual(node.said("state_path: others can look into"), 1)
@@ -3285,9 +3309,24 @@ class Portability(CrowdTest):
         with open(PROGRAM, encoding="utf-8") as file:
             source = file.read()
         paths = re.findall(r'"(/proc/[^"]*)"', source)
-        self.assertEqual(sorted(paths), ["/proc/meminfo", "/proc/self/oom_score_adj"])
-        for word in ("prctl", "epoll", "AF_NETLINK", "/dev/shm", "pidfd", "ctypes"):
+        self.assertEqual(
+            sorted(paths),
+            [
+                "/proc/meminfo",
+                "/proc/self/oom_score_adj",
+                "/proc/self/task",
+                "/proc/self/task/{task}/children",
+            ],
+        )
+        for word in ("epoll", "AF_NETLINK", "/dev/shm", "pidfd"):
             self.assertNotIn(word, source)
+        with unittest.mock.patch.object(sys, "platform", "darwin"):
+            self.assertIsNone(crowdnode.load_prctl())
+            with unittest.mock.patch(
+                "os.listdir", side_effect=AssertionError("on a Mac")
+            ):
+                self.assertEqual(crowdnode.children(), [])
+                crowdnode.end_descendants()
         modules = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", source))
         self.assertLessEqual(modules, set(STANDARD))
 
@@ -3326,8 +3365,8 @@ class Portability(CrowdTest):
 
 
 STANDARD = """
-    __future__ argparse base64 collections configparser contextlib difflib errno fcntl
-    gc hashlib heapq hmac http importlib io ipaddress json logging os random
+    __future__ argparse base64 collections configparser contextlib ctypes difflib errno
+    fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os random
     re resource select shutil signal socket struct subprocess sys tempfile threading
     time typing urllib warnings zlib
 """.split()  # noqa: SIM905
@@ -3370,8 +3409,19 @@ def run_named(names: list[str]) -> int:
     return 0 if result.wasSuccessful() and result.testsRun else 1
 
 
+def run_class(name: str) -> tuple[str, list[int]]:
+    """Run a class of tests in a process of its own: what it printed, and the counts."""
+    command = [sys.executable, os.path.abspath(__file__), name]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = run.stdout.decode("utf-8", "replace").rstrip()
+    found = re.findall(r"(\d+) (?:passed|failed|skipped)", text)[-3:]
+    counts = [int(count) for count in found] or [0, 1, 0]
+    counts[1] = counts[1] or int(run.returncode != 0)
+    return text, counts
+
+
 def run_all() -> int:
-    """Run every test, in two processes: they wait most of the time."""
+    """Run every test, some classes at once, since they wait most of the time."""
     loader = unittest.defaultTestLoader
     classes = [
         value
@@ -3379,24 +3429,12 @@ def run_all() -> int:
         if isinstance(value, type) and issubclass(value, unittest.TestCase)
     ]
     classes.sort(key=lambda cls: -len(loader.getTestCaseNames(cls)))
+    classes.sort(key=lambda cls: cls is not SystemCalls)  # which takes longest
     names = [cls.__name__ for cls in classes if loader.getTestCaseNames(cls)]
-    halves = (names[0::4] + names[3::4], names[1::4] + names[2::4])
-    with contextlib.ExitStack() as stack:
-        runs = []
-        for half in halves:
-            output = stack.enter_context(tempfile.TemporaryFile())
-            command = [sys.executable, os.path.abspath(__file__), *half]
-            run = subprocess.Popen(command, stdout=output, stderr=output)
-            runs.append((stack.enter_context(run), output))
-        total = [0, 0, 0]
-        for run, output in runs:
-            status = run.wait()
-            output.seek(0)
-            text = output.read().decode("utf-8", "replace")
-            print(text.rstrip())
-            counts = re.findall(r"(\d+) (?:passed|failed|skipped)", text)[-3:]
-            counts = [int(count) for count in counts] or [0, 1, 0]
-            counts[1] = counts[1] or int(status != 0)
+    total = [0, 0, 0]
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for text, counts in pool.map(run_class, names):
+            print(text, flush=True)
             total = [sum(pair) for pair in zip(total, counts)]
     print("{} passed, {} failed, {} skipped".format(*total))
     return 0 if total[0] and not total[1] else 1
@@ -3404,6 +3442,7 @@ def run_all() -> int:
 
 def main() -> int:
     """Run the tests that the command line names, all by default."""
+    keep_compiled()
     return run_named(sys.argv[1:]) if sys.argv[1:] else run_all()
 
 
