@@ -4535,8 +4535,15 @@ def prepare_directories(config: Config) -> None:
             make_private_directory(path)
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "not writable")
+            state = os.stat(path)
         except OSError as error:
             raise CrowdError(f"{key}: can't use {path}: {error.strerror}") from None
+        # Who can, may put a link there, and have units write where he likes.
+        if state.st_mode & 0o022 or state.st_uid not in (0, os.geteuid()):
+            raise CrowdError(
+                f"{key}: others can write to {path}: chmod 700 {path}, or choose "
+                "another that is this user's alone"
+            )
 
 
 def check_storage(config: Config) -> None:

@@ -2963,6 +2963,20 @@ class Daemon(CrowdTest):
             self.assertIn("state_path: can't use", done.stderr)
             self.assertNotIn("Traceback", done.stderr)
 
+    def test_a_directory_that_others_can_write_to_is_refused(self) -> None:
+        node = self.prepared(temp_storage_path="work")
+        os.mkdir(node.path("work"))
+        for key, path, mode in (
+            ("temp_storage_path", node.path("work"), 0o1777),
+            ("state_path", node.path("state"), 0o770),
+        ):
+            os.chmod(path, mode)
+            done = node.run("--daemon")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(f"{key}: others can write to {path}: chmod 700", done.stderr)
+            os.chmod(path, 0o700)
+        self.assertEqual(node.run("--daemon").returncode, 0)
+
     def test_a_state_directory_that_others_can_look_into_is_warned_of(self) -> None:
         node = self.prepared()
         os.chmod(node.path("state"), 0o755)
