@@ -1420,7 +1420,7 @@ class ActionLoader:
             where = last_line_in(error, path)
             self._error(f"{path} is left out: {type(error).__name__}: {error}{where}")
             action = None
-        for thread in running_threads() - before:
+        for thread in sorted(running_threads() - before):
             self._warn(
                 f"{path} starts the thread {thread} when it is imported: it will not "
                 "run in workers, and a lock it holds then is held there for ever; "
@@ -1456,9 +1456,13 @@ class ActionLoader:
 
 
 def running_threads() -> set[str]:
-    """The names of this process's threads, where anything has imported threading."""
+    """The names of this process's threads but the first, where anything has imported
+    threading."""
     threading = sys.modules.get("threading")
-    return {thread.name for thread in threading.enumerate()} if threading else set()
+    if threading is None:
+        return set()
+    first = threading.main_thread()
+    return {thread.name for thread in threading.enumerate() if thread is not first}
 
 
 def last_line_in(error: BaseException, path: str) -> str:
@@ -1797,7 +1801,7 @@ class ForkServer:
         limits = [config.__dict__, *config.actions.values()]
         if any(part.get("memory_limit") or part.get("file_limit") for part in limits):
             import resource  # noqa: F401  for the workers
-        if running_threads() - {"MainThread"}:
+        if running_threads():
             import warnings  # what it would say has been said better, as a problem
 
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
@@ -2129,6 +2133,25 @@ def make_printable(record: logging.LogRecord) -> bool:
     return True
 
 
+def start_thread(
+    target: Callable[..., Any], *arguments: Any, name: str | None = None
+) -> threading.Thread:
+    """Start a thread that does not keep the process alive.
+
+    Raises OSError where the kernel has none to give."""
+    thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+    return started_thread(thread)
+
+
+def started_thread(thread: threading.Thread) -> threading.Thread:
+    """See start_thread."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from None
+    return thread
+
+
 class Repeater:
     """Does *step* every *interval* seconds, each time on a new threading.Timer.
 
@@ -2153,7 +2176,7 @@ class Repeater:
             if self._running or not self._timer:
                 self._again = True
             elif not self._stopped:
-                with contextlib.suppress(RuntimeError):  # no thread: then in its time
+                with contextlib.suppress(OSError):  # no thread: then in its time
                     self._arm(0)
 
     def stop(self) -> None:
@@ -2164,10 +2187,10 @@ class Repeater:
                 self._timer.cancel()
 
     def _arm(self, delay: float) -> None:
-        """Raises RuntimeError, and changes nothing, where no thread is to be had."""
+        """Raises OSError, and changes nothing, where no thread is to be had."""
         timer = threading.Timer(delay, self._run, [self._turn + 1])
         timer.daemon = True
-        timer.start()
+        started_thread(timer)
         self._turn += 1
         if self._timer:
             self._timer.cancel()
@@ -2201,7 +2224,7 @@ class Repeater:
             try:
                 if not self._stopped:
                     self._arm(0 if self._again else delay)
-            except RuntimeError:
+            except OSError:
                 return False
             self._running = False
             return True
@@ -2236,11 +2259,9 @@ class Reporter:
         self._count = 0
         self._stopped = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"reporter {number}", daemon=True)
+            start_thread(self._run, name=f"reporter {number}")
             for number in range(1, REPORTERS + 1)
         ]
-        for thread in self._threads:
-            thread.start()
 
     def put(self, unit: Unit) -> None:
         """Have *unit* reported."""
@@ -2430,8 +2451,12 @@ class ForkServerLink:
         finally:
             theirs.close()
         self.pid = self._process.pid
-        self._reader = threading.Thread(target=self._read, name="link", daemon=True)
-        self._reader.start()
+        try:
+            self._reader = start_thread(self._read, name="link")
+        except OSError:
+            self._process.kill()
+            self._process.wait()
+            raise
         self.send("configure", vars(config))
 
     def send(self, *message: Any) -> bool:
@@ -2538,10 +2563,10 @@ def put_away(directory: str) -> None:
         rubbish = f"{directory}.{time.monotonic_ns()}{RUBBISH}"
         try:
             os.rename(directory, rubbish)
-            threading.Thread(target=sweep, args=[rubbish], daemon=True).start()
+            start_thread(sweep, rubbish)
         except FileNotFoundError:
             pass
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             log.warning("can't remove %s: %s", directory, error)
 
 
@@ -3520,15 +3545,14 @@ class Node:
             if isinstance(error, KeyboardInterrupt):
                 raise CrowdError(f"stopped by {error} while starting") from None
             raise
-        self.check_in_loop.start()
-        self.monitor_loop.start()
-        threading.Thread(target=self.warn_about_host, daemon=True).start()
         log.info(
             "crowdnode %s, %s port %d, has checked in with %s; actions: %s",
             __version__, self.config.host, self.port, self.config.central_server,
             ", ".join(self.enabled_actions),
         )  # fmt: skip
         started()
+        with contextlib.suppress(OSError):
+            start_thread(self.warn_about_host)
         while self.next_signal() == signal.SIGHUP:
             if self.is_outdated():
                 return self.hand_over()
@@ -3547,9 +3571,8 @@ class Node:
         write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
         self.central = Central(self.config, self.port)
         self.program = compiled(self.config)
-        serving = threading.Thread(target=self.server.serve_forever, daemon=True)
         if not self.resumed:
-            serving.start()
+            start_thread(self.server.serve_forever)
         self.link = self.start_fork_server(self.config)
         self.look_to(self.link)
         self.recover()
@@ -3558,9 +3581,11 @@ class Node:
         self.overload.over = self.check_in_soon
         self.clean = False
         if self.resumed:
-            serving.start()
+            start_thread(self.server.serve_forever)
         if not self.check_in(critical=not self.resumed):
             self.check_in_soon()
+        self.check_in_loop.start()
+        self.monitor_loop.start()
         self.trap_signals(lambda number, frame: None)
 
     def trap_signals(self, stop: Callable[[int, Any], None]) -> None:
@@ -3730,7 +3755,7 @@ class Node:
                 if lost and time.monotonic() < give_up:
                     fresh.kill()
                     raise CrowdError(f"{', '.join(sorted(lost))} did not load")
-            except (CrowdError, OSError, RuntimeError) as error:
+            except (CrowdError, OSError) as error:
                 wait = backoff.failed()
                 log.error("no fork server: %s; again in %.0f s", error, wait)
                 time.sleep(wait)
@@ -4069,7 +4094,7 @@ class LocalCentral:
         server.daemon_threads = True
         server.central = self  # type: ignore[attr-defined]
         for target in (server.serve_forever, self._dispatch):
-            threading.Thread(target=target, daemon=True).start()
+            start_thread(target)
         return int(server.server_address[1])
 
     def add_inputs(self, inputs: list[str]) -> None:
@@ -4588,10 +4613,10 @@ def run_node(
     resumed: Json | None = None,
 ) -> int:
     """Be the node, with *lock* held, until a signal stops it.  Raises CrowdError."""
-    import_node_modules()
     config = lock.config
     node = None
     try:
+        import_node_modules()
         prepare_directories(config)
         if not attended and not resumed:  # a job of --run may well save nothing
             check_storage(config)
@@ -4602,21 +4627,18 @@ def run_node(
             log.warning("%s", warning)
         node = Node(config, load, lock.unclean, resumed)
         if attended:
-            stop = threading.Thread(
-                target=stop_at_end_of_input, args=[node], daemon=True
-            )
-            stop.start()
+            start_thread(stop_at_end_of_input, node)
         try:
             handed_over = node.run(started)
             if handed_over:
                 execute_anew(lock, handed_over, attended, log_path is not None)
-        except CrowdError as error:
+        except (CrowdError, OSError) as error:
             log.error("%s", error)
             raise
         except Exception:
             log.exception("the node has died of a fault of its own")
             raise
-    except OSError as error:
+    except (OSError, ImportError) as error:  # the latter without descriptors
         raise CrowdError(f"can't start: {error}") from None
     finally:
         lock.release(node.clean if node else not lock.unclean)
@@ -4708,11 +4730,6 @@ def run_in_background(config: Config, load: Callable[[], Config]) -> int:
 
 def be_daemon(lock: NodeLock, load: Callable[[], Config], writer: int) -> int:
     """The background process: says on *writer* how the start went."""
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-
     pipe = open(writer, "wb", 0)  # noqa: SIM115  closed as soon as it has been told
 
     def tell(line: str) -> None:
@@ -4721,11 +4738,18 @@ def be_daemon(lock: NodeLock, load: Callable[[], Config], writer: int) -> int:
         pipe.close()
 
     try:
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
         path = lock.config.state_file("node.log")
         return run_node(lock, load, path, lambda: tell(f"{EXIT_OK} "))
     except CrowdError as error:
         tell(f"{error.status} {error}")
         return error.status
+    except OSError as error:
+        tell(f"{EXIT_FAILED} can't start: {error}")
+        return EXIT_FAILED
 
 
 def report_start(reader: int, config: Config) -> int:

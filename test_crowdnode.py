@@ -2056,10 +2056,12 @@ class Loading(CrowdTest):
             "threading.Thread(target=time.sleep, args=[99], name='ticker', daemon=True)"
             ".start()\n"
         )
-        node = self.node(actions={"threaded.py": threaded + ECHO})
+        quiet = f"import threading\n{ECHO}"
+        node = self.node(actions={"quiet.py": quiet, "threaded.py": threaded + ECHO})
         self.assertEqual(
             node.said("threaded.py starts the thread ticker when it is"), 1
         )
+        self.assertEqual(node.said("when it is imported"), 1)
         self.assertEqual(node.do(unit(action="threaded")), ("succeeded", "x"))
         self.assertNotIn("DeprecationWarning", node.log())
 
@@ -2962,6 +2964,23 @@ class Daemon(CrowdTest):
             self.assertEqual(done.returncode, 1)
             self.assertIn("state_path: can't use", done.stderr)
             self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_start_without_descriptors_is_said_in_a_line(self) -> None:
+        node = self.prepared()
+        for limit in (7, 9, 11):
+            command = f'ulimit -n {limit}; exec "$@"'
+            done = subprocess.run(
+                ["sh", "-c", command, "sh", *node.command("--daemon")],
+                capture_output=True,
+                text=True,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+            )
+            if done.returncode == 0:
+                break
+            self.assertIn("Too many open files", done.stderr)
+            self.assertNotIn("Traceback", done.stderr + node.log())
+        self.assertEqual(done.returncode, 1, "the limits were all too high")
 
     def test_a_directory_that_others_can_write_to_is_refused(self) -> None:
         node = self.prepared(temp_storage_path="work")
