@@ -380,13 +380,21 @@ def kill_group(pid: int, number: int) -> bool:
 
 
 def exists(pid: int | None) -> bool:
-    """Is there a process with this pid?  Of one that is not known: perhaps."""
+    """Is there a process with this pid?  Of one that is not known: perhaps.
+
+    A zombie is none: in a container nobody may bury it."""
     try:
         os.kill(pid or os.getpid(), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+    if pid and sys.platform.startswith("linux"):
+        try:
+            state = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()[0]
+            return state not in (b"Z", b"X")
+        except (OSError, IndexError):
+            pass
     return True
 
 
@@ -2296,8 +2304,8 @@ class Reporter:
                 self._put_off(unit, wait)
             except OSError as error:
                 wait = unit.backoff.failed()
-                log.warning("%s: can't read its record: %s; again in %.0f s", unit,
-                            error, wait)  # fmt: skip
+                log.warning("%s: its record can't be read or written: %s; again in "
+                            "%.0f s", unit, error, wait)  # fmt: skip
                 self._put_off(unit, wait)
             except Exception:
                 log.exception("%s: can't be reported; again in a minute", unit)
@@ -2552,6 +2560,9 @@ class ForkServerLink:
 # ---------------------------------------------------------------------------
 
 
+unswept: list[str] = []  # directories for which there was no thread
+
+
 def put_away(directory: str) -> None:
     """Remove a work directory.  What a killed worker has left in it may take long to
     remove, so that is renamed, and removed by a thread of its own."""
@@ -2563,11 +2574,15 @@ def put_away(directory: str) -> None:
         rubbish = f"{directory}.{time.monotonic_ns()}{RUBBISH}"
         try:
             os.rename(directory, rubbish)
-            start_thread(sweep, rubbish)
         except FileNotFoundError:
-            pass
+            return
         except OSError as error:
             log.warning("can't remove %s: %s", directory, error)
+            return
+        try:
+            start_thread(sweep, rubbish)
+        except OSError:
+            unswept.append(rubbish)  # the monitor does it
 
 
 def sweep(rubbish: str) -> None:
@@ -2724,7 +2739,8 @@ class Units:
     def unreported(self) -> int:
         """How many units have ended and wait for central to take their outcome."""
         with self.changed:
-            return len(self.by_name) - len(self.active)
+            units = self.by_name.values()
+            return sum(unit.state == "ended" and not unit.withdrawn for unit in units)
 
     def _enter(
         self, name: str, unit: Json, digest: str, deadline: float
@@ -2934,18 +2950,22 @@ class Units:
             last = printed.decode("utf-8", "replace").strip()
             message += f"; its last words: {last}" if last else ""
         output, seconds = encoded_failure(message), f"{entry.seconds():.6f}"
-        self._write_outcome(entry, b"failed %s %s\n" % (seconds.encode(), output))
+        try:
+            self._write_outcome(entry, b"failed %s %s\n" % (seconds.encode(), output))
+        except OSError as error:
+            if entry.backoff.wait < RETRY_WAIT_LIMIT:
+                raise
+            log.warning("%s: can't write down its end: %s", entry, error)
         return "failed", seconds, output, kind
 
     def _write_outcome(self, entry: Unit, line: bytes) -> None:
         """Write down for a dead worker what is reported of it: should it have to be
-        reported again, by another node perhaps, it will be the same."""
+        reported again, by another node perhaps, it will be the same.  Raises OSError:
+        then the report is put off, if not for ever."""
         path = self._path(entry)
-        try:
+        if os.path.exists(path):
             os.truncate(path, read_file(path).rfind(b"\n") + 1)
             append_to_record(path, line)
-        except OSError as error:
-            log.warning("%s: can't write down its end: %s", entry, error)
 
     def _log_outcome(self, entry: Unit, kind: str, seconds: str, output: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -3093,10 +3113,11 @@ class Units:
 
     # The end.
 
-    def end_all(self) -> None:
-        """End every worker: TERM, and soon KILL.  Central has released their units."""
+    def end_all(self, released: bool) -> None:
+        """End every worker: TERM, and soon KILL.  Where central has not *released*
+        their units, the next node will report them."""
         with self.changed:
-            for entry in self.active:
+            for entry in self.active if released else ():
                 self._mark_withdrawn(entry)
         for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
             for entry in self.running():
@@ -3138,12 +3159,15 @@ class DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """See io.RawIOBase.  Raises socket.timeout after the deadline."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout
-        self.connection.settimeout(left)
-        return self.connection.recv_into(buffer)
+        """See io.RawIOBase.  Raises BadRequest (408) after the deadline."""
+        try:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout
+            self.connection.settimeout(left)
+            return self.connection.recv_into(buffer)
+        except socket.timeout:
+            raise BadRequest("The request was too slow.", 408) from None
 
 
 class NodeServer(ServerBase):
@@ -3255,10 +3279,10 @@ class Handler(HandlerBase):
         try:
             try:
                 self._answer()
-            except socket.timeout:
-                self.reply(408, "The request was too slow.")
             except BadRequest as error:
                 self.reply(error.status, str(error))
+            except OSError:
+                raise
             except Exception:
                 log.exception("%s %s failed", self.command, self.path[:200])
                 self.reply(500, "This is our fault, and in our log.")
@@ -3524,7 +3548,7 @@ class Node:
         self.link: ForkServerLink | None = None
         self.link_lock = threading.Lock()
         self.links: set[ForkServerLink] = set()  # all, those that finish included
-        self.inherited = set(self.resumed.get("children", []))  # pids
+        self.strays: set[int] = set()  # children that nobody waits for
         self.restarts = 0
 
     # Start.
@@ -3641,10 +3665,9 @@ class Node:
         return sorted(self.link.actions) if self.link else []
 
     def recover(self) -> None:
-        """Settle what an earlier node has left; have central let go of the rest.
+        """Settle what an earlier node has left.
 
-        Central never expires the units of a node that just checks in again, so after
-        an unclean end this node checks out first, unless workers still live."""
+        Reported first is what is on disk, for a minute at most."""
         sweep_all(self.config.temp_storage_path)
         self.units.look()
         if self.resumed:
@@ -3655,10 +3678,6 @@ class Node:
                 self.units.changed.wait(0.1)
             if time.monotonic() > deadline:
                 break
-        if self.unclean and not self.units.by_name:
-            log.info("the last node here did not check out; doing so")
-            with contextlib.suppress(CentralError):
-                self.central.check_out()
 
     def warn_about_host(self) -> None:
         """One host name that central can't resolve stops the whole crowd."""
@@ -3669,8 +3688,15 @@ class Node:
 
     def check_in(self, critical: bool = False) -> bool:
         """Tell central that this node is here.  critical: it is the first time, and
-        raises CrowdError, for without central there is nothing to do."""
+        raises CrowdError, for without central there is nothing to do.
+
+        Central never expires the units of a node that just checks in again, so after
+        an unclean end it is made to let go of them: as soon as this node has none."""
         try:
+            if self.unclean and not self.units.by_name:
+                log.info("the last node here did not check out; doing so")
+                self.central.check_out()
+                self.unclean = False
             self.central.check_in(bool(self.overload), self.enabled_actions)
         except CentralError as error:
             sentence = (
@@ -3699,7 +3725,7 @@ class Node:
         try:
             self.central.check_out()
         except CentralError as error:
-            log.warning("can't check out: %s; the next start will do it", error)
+            log.warning("can't check out: %s; the next node here will do it", error)
             return False
         return True
 
@@ -3785,11 +3811,15 @@ class Node:
     def monitor_system(self) -> None:
         """One step of the loop: load, memory, workers, records, fork server."""
         self.overload.end("unit")
-        self.bury_inherited()
+        self.bury()
+        while unswept:
+            sweep(unswept.pop())
         self.units.look_for_room()
         self.overloaded()
         self.probe_fork_server()
         self.units.look()
+        if self.unclean and not self.units.by_name:
+            self.check_in_soon()
         self.overload.remind()
 
     def overloaded(self) -> bool:
@@ -3928,21 +3958,21 @@ class Node:
         self.check_in_loop.stop()
         self.server.finish(HAND_OVER_DEADLINE)
         self.reporter.stop(HAND_OVER_DEADLINE)
-        children = {link.pid for link in self.links}
-        children.update(command.pid for command in running_commands)
         return {
             "listener": self.server.fileno(),
-            "children": list(children | self.inherited),
             "place": {key: getattr(self.config, key) for key in PLACE_KEYS},
         }
 
-    def bury_inherited(self) -> None:
-        """Reap the children that this process had before an upgrade."""
-        for pid in list(self.inherited):
+    def bury(self) -> None:
+        """Reap children that nobody waits for: those from before an upgrade, and all
+        orphans where the node is a container's first process.  Seen twice, so that
+        it is none that somebody has just started."""
+        known = {link.pid for link in self.links}
+        strays = set(children()) - known - {command.pid for command in running_commands}
+        for pid in strays & self.strays:
             with contextlib.suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                    continue
-            self.inherited.discard(pid)
+                os.waitpid(pid, os.WNOHANG)
+        self.strays = strays
 
     def reload(self) -> None:
         """Take over configuration and actions; nothing that runs notices."""
@@ -3981,7 +4011,7 @@ class Node:
             if self.next_signal(0.05):
                 break  # a second signal
         self.clean = self.check_out()
-        self.units.end_all()
+        self.units.end_all(released=self.clean)
         if self.link:
             self.link.finish()
             self.link.wait(KILL_GRACE)

@@ -23,6 +23,7 @@ import os
 import pty
 import py_compile
 import re
+import resource
 import select
 import shutil
 import signal
@@ -1393,6 +1394,7 @@ class Wire(CrowdTest):
         wait_for(lambda: not node.units(), "the unit is gone")
         self.assertEqual(central.reports(1), [])
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"), "it is offered again")
+        self.assertFalse(node.said("Traceback"))
 
     def test_reports_go_on_until_central_takes_them(self) -> None:
         central = self.central()
@@ -2344,7 +2346,7 @@ class Recovery(CrowdTest):
         self.assertEqual(central.reports(2), [], "central has given it to another")
         self.assertEqual(node.units(), [])
 
-    def test_a_stop_whose_check_out_fails_leaves_it_to_the_next_start(self) -> None:
+    def test_a_check_out_that_fails_is_owed_until_it_succeeds(self) -> None:
         central = self.central()
         node = self.node(central)
         node.take(unit(1, "sleeper", "60"))
@@ -2353,8 +2355,53 @@ class Recovery(CrowdTest):
         self.assertEqual(node.said("can't check out"), 1)
         central.start()
         del central.calls[:]
+        central.answer = lambda method, path, fields: (
+            500 if method == "DELETE" else None
+        )
+        node.start(wait=False)
+        wait_for(node.ended, "a start that fails")
+        self.assertEqual(central.check_ins(), [])
+        # Central has not let go of the unit, so it was told.
+        status, output = central.outcome(1)
+        self.assertEqual(status, "failed")
+        self.assertIn("killed by SIGTERM", output)
+        central.answer = lambda method, path, fields: None
         node.start()
-        self.assertEqual([call[0] for call in central.calls], ["DELETE", "PUT"])
+        calls = [call[0] for call in central.calls if "/node/" in call[1]]
+        self.assertEqual(calls[-2:], ["DELETE", "PUT"])
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_a_death_that_cannot_be_written_down_is_not_reported_yet(self) -> None:
+        if not hasattr(resource, "prlimit"):
+            self.skipTest("needs prlimit")
+        node = self.node(constants={"RETRY_WAIT": 0.1})
+        pid = node.take(unit(1, "sleeper", "60"))
+        limits = resource.prlimit(node.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: node.status()["unreported"] == 1, "its end is known")
+        wait_for(lambda: node.status()["unreported"] == 1, "it still is not reported")
+        self.assertEqual(node.central.reports(1), [])
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, limits)
+        self.assertIn("killed by SIGKILL", node.central.outcome(1)[1])
+        wait_for(lambda: not node.units(), "no record is left")
+        self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_a_record_that_cannot_be_removed_does_not_hold_up_a_start(self) -> None:
+        node = self.prepared()
+        units = node.path("state", "units")
+        os.makedirs(os.path.join(units, "4.out"))
+        with open(os.path.join(units, "4"), "wb") as file:
+            file.write(
+                b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
+                b'"process", "attempts": 0, "digest": "d", "started": 1.0}\n'
+                b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'
+            )
+        node.start()
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        os.rmdir(os.path.join(units, "4.out"))
+        wait_for(lambda: not node.units(), "no record is left")
+        self.assertEqual(len(node.central.reports(4)), 1)
 
 
 # ---------------------------------------------------------------------------
@@ -2761,7 +2808,8 @@ class Upgrade(CrowdTest):
         self.assertEqual(node.run("--daemon").returncode, 0)
         self.upgraded(node, "1.0.1")
         self.assertEqual(node.central.outcome(2), ("succeeded", "kept"))
-        self.assertEqual(node.central.reports(1), [])  # central was to let go of it
+        # Central could not be told to let go of it.
+        self.assertIn("killed by SIGTERM", node.central.outcome(1)[1])
         wait_for(lambda: not node.units(), "no record is left")
 
     def test_a_kill_and_a_start_take_over_what_runs(self) -> None:
