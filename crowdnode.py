@@ -100,25 +100,9 @@ else:
 
 __version__ = "1.0.0"
 
-PROGRAM = os.path.abspath(__file__)  # now: --daemon will change the directory
-
-
-def program_identity() -> tuple[int, ...]:
-    """What changes when this program's file is replaced; empty while it is away."""
-    try:
-        stat = os.stat(PROGRAM)
-    except OSError:
-        return ()
-    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-IDENTITY = program_identity()  # of what this process runs
-
-
-def program_is_replaced() -> bool:
-    """Has this program's file become another since this process began?"""
-    return program_identity() not in (IDENTITY, ())
-
+# The source, even where it runs compiled; now, for --daemon will change the directory.
+PROGRAM = os.path.abspath((lambda: None).__code__.co_filename)
+IS_COMPILED = __file__.endswith(".pyc")
 
 # ---------------------------------------------------------------------------
 # Constants and errors: the wire's words, the intervals, the exit statuses.
@@ -158,6 +142,7 @@ HEARTBEAT_DEADLINE = 2  # seconds
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 READ_SIZE = 64 * 1024  # bytes
+REQUEST_BUFFER = 4096  # bytes; larger ones leave holes in the heap
 MAX_CONNECTIONS = 512
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 MEGABYTE = 1024 * 1024  # bytes
@@ -178,7 +163,7 @@ FORM_SAFE = b"%% %s%s0123456789-._~" % (
 RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl.h
 UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,199}")  # a directory's name, too
 FORK_SERVER_FLAG = "--fork-server"  # internal: this process is a fork server
 ATTENDED_FLAG = "--attended"  # internal: stop when standard input ends
 RESUME_FLAG = "--resume"  # internal: go on as the node that this process was
@@ -246,7 +231,14 @@ def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(number: str) -> float:
+    value = float(number)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{number[:50]} is out of range")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def strict_json(text: str) -> Any:
@@ -570,6 +562,7 @@ def stage_names(value: str) -> list[str]:
     return stages
 
 
+COMMAND_LINE = "command line"  # where a value stands that is in no file
 SIZE = decimal(1, 1_000_000, " (MB)")
 SECONDS = decimal(0.1, 10_000_000, " (seconds)")
 NICENESS = whole(0, 19)
@@ -746,7 +739,7 @@ def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
                 known = ["node", "action NAME"]
                 raise UsageError(f"{where}: unknown section: {nearest(section, known)}")
     for key, value in settings:
-        given[key] = (f"command line: {key}", value.strip())
+        given[key] = (f"{COMMAND_LINE}: {key}", value.strip())
     values: Json = {"file": path, "settings": settings, "warnings": []}
     values["actions"] = actions
     for key, (where, _) in given.items():
@@ -805,6 +798,11 @@ def complete_config(config: Config, places: dict[str, str]) -> Config:
         raise UsageError(
             f"{places['login']} = {config.login}: must not hold a colon, which ends "
             "the login in HTTP Basic"
+        )
+    if config.password and places.get("password", "").startswith(COMMAND_LINE):
+        config.warnings.append(
+            "the password is on the command line, where everybody here can read it: "
+            "put it into the configuration file"
         )
     if "actions_path" in places and not os.path.isdir(config.actions_path):
         config.warnings.append(f"actions_path: {config.actions_path} is no directory")
@@ -2135,7 +2133,8 @@ def log_output(who: str, data: bytes) -> None:
 def make_printable(record: logging.LogRecord) -> bool:
     """A filter of the log: nobody's text may look like lines of ours, or like more
     than text to a terminal."""
-    text = record.getMessage().replace("\n", "\n    ")
+    text = record.getMessage().encode("utf-8", "backslashreplace").decode()
+    text = text.replace("\n", "\n    ")
     record.msg = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
     record.args = None
     return True
@@ -2393,29 +2392,45 @@ class Overload:
             log.warning("work is still refused: %s", self.reason)
 
 
+def source_identity() -> bytes:
+    """What changes when this program's file is replaced: a hash, as a .pyc has it.
+    Empty while there is none."""
+    import importlib.util
+
+    try:
+        return importlib.util.source_hash(read_file(PROGRAM))
+    except OSError:
+        return b""
+
+
+def running_identity() -> bytes:
+    """The same, of what this process runs."""
+    return read_file(__file__)[8:16] if IS_COMPILED else source_identity()
+
+
+COMPILER = """
+import py_compile, sys
+mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+py_compile.compile(*sys.argv[1:], doraise=True, invalidation_mode=mode)
+"""
+
+
 def compiled(config: Config) -> str:
     """The path of this program compiled, or of its source where that can't be had.
 
     Compiling these lines leaves 10 MB behind in the process that does it, and every
-    fork would copy their page tables: so it is done in a process of its own.  A node
-    compiles once, so its fork servers stay of its own version."""
+    fork would copy their page tables: so it is done in a process of its own."""
     import importlib.util
 
     path = config.state_file("crowdnode.pyc")
-    stat = os.stat(PROGRAM)
-    # What a .pyc begins with: Python's version, flags, the source's time and size.
-    head = importlib.util.MAGIC_NUMBER + struct.pack(
-        "<III", 0, int(stat.st_mtime) & 0xFFFFFFFF, stat.st_size & 0xFFFFFFFF
-    )
+    # What a .pyc begins with: Python's version, the kind of what follows, a hash.
+    head = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + source_identity()
     try:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             if file.read(len(head)) == head:
                 return path
-        program = (
-            "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
-        )
         subprocess.run(
-            [sys.executable, "-c", program, PROGRAM, path],
+            [sys.executable, "-c", COMPILER, PROGRAM, path],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -2595,12 +2610,16 @@ def sweep(rubbish: str) -> None:
 
 def sweep_all(temp_storage_path: str) -> None:
     """Remove what an earlier node had put away and did not get round to."""
-    for action in os.listdir(temp_storage_path):
-        path = os.path.join(temp_storage_path, action)
-        if ACTION_NAME.fullmatch(action) and os.path.isdir(path):
-            for name in os.listdir(path):
-                if name.endswith(RUBBISH):
-                    sweep(os.path.join(path, name))
+    with os.scandir(temp_storage_path) as entries:
+        found = [
+            entry.path
+            for entry in entries
+            if ACTION_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+    for path in found:
+        for name in os.listdir(path):
+            if name.endswith(RUBBISH):
+                sweep(os.path.join(path, name))
 
 
 COUNTS = (
@@ -2633,7 +2652,7 @@ class Unit:
         self.backoff = Backoff()
 
     def __str__(self) -> str:
-        return f"unit {self.id} ({self.action}, {self.stage})"
+        return f"unit {self.id} ({self.action[:200]}, {self.stage})"
 
     def seconds(self) -> float:
         """How long it has been here."""
@@ -3268,7 +3287,7 @@ class Handler(HandlerBase):
         self.command = ""
         self.is_read = False
         reader = DeadlineReader(self.connection, self.server.patience)
-        self.rfile = io.BufferedReader(reader, READ_SIZE)
+        self.rfile = io.BufferedReader(reader, REQUEST_BUFFER)
 
     def finish(self) -> None:
         """See socketserver.StreamRequestHandler."""
@@ -3332,6 +3351,8 @@ class Handler(HandlerBase):
         self.path = ""
         self.close_connection = True
         self.raw_requestline = self.rfile.readline(65537)
+        if self.raw_requestline in (b"\r\n", b"\n"):  # RFC 9112, section 2.2
+            self.raw_requestline = self.rfile.readline(65537)
         if not self.raw_requestline:
             self.is_read = True  # connected and closed: a port scanner's heartbeat
             return
@@ -3516,23 +3537,27 @@ PLACE_KEYS = ("state_path", "host", "port", "bind")  # changed by a restart alon
 class Node:
     """Registers with central, takes work units, and reports what came of them.
 
-    load: reads the configuration anew, for SIGHUP; unclean: the last node here did
-    not check out; resumed: what hand_over() returned in the node that this process
-    was.  run() is the whole of its life."""
+    load: reads the configuration anew, for SIGHUP; program: what a fork server runs;
+    unclean: the last node here did not check out; listener: a descriptor, of the node
+    that this process was before an upgrade.  run() is the whole of its life."""
 
     def __init__(
         self,
         config: Config,
         load: Callable[[], Config],
+        program: str,
         unclean: bool = False,
-        resumed: Json | None = None,
+        listener: int | None = None,
     ) -> None:
         self.config = config
         self.load = load
+        self.program = program
+        self.identity = running_identity()
         self.unclean = unclean
-        self.resumed = resumed or {}
+        self.listener = listener
+        self.is_upgrade = listener is not None
         # Clean: central has nothing of ours, so there is no need to check out.
-        self.clean = not unclean and not resumed
+        self.clean = not unclean and not self.is_upgrade
         self.started = time.monotonic()
         self.signals, self.signal_writer = os.pipe()
         self.stopping = False
@@ -3553,9 +3578,9 @@ class Node:
 
     # Start.
 
-    def run(self, started: Callable[[], None]) -> Json | None:
-        """Start, call *started*, work until a signal comes, and stop.  Or, where this
-        program has been replaced, return what its next version goes on with.
+    def run(self, started: Callable[[], None]) -> bool:
+        """Start, call *started*, work until a signal comes, and stop; False.  Or, where
+        this program has been replaced, True: its next version is to go on.
 
         Raises CrowdError where it can't start."""
         self.trap_signals(self.stop_starting)
@@ -3579,10 +3604,11 @@ class Node:
             start_thread(self.warn_about_host)
         while self.next_signal() == signal.SIGHUP:
             if self.is_outdated():
-                return self.hand_over()
+                self.hand_over()
+                return True
             self.reload()
         self.shut_down()
-        return None
+        return False
 
     def start(self) -> None:
         """Listen first, for an old central hands out work before it has answered the
@@ -3590,12 +3616,11 @@ class Node:
 
         A node that goes on after an upgrade lets its requests wait until it can take
         them, and does not end because central is away."""
-        self.server = listen(self, self.resumed.get("listener"))
+        self.server = listen(self, self.listener)
         self.port = int(self.server.server_address[1])
         write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
         self.central = Central(self.config, self.port)
-        self.program = compiled(self.config)
-        if not self.resumed:
+        if not self.is_upgrade:
             start_thread(self.server.serve_forever)
         self.link = self.start_fork_server(self.config)
         self.look_to(self.link)
@@ -3604,9 +3629,9 @@ class Node:
         self.overload.end("starting")
         self.overload.over = self.check_in_soon
         self.clean = False
-        if self.resumed:
+        if self.is_upgrade:
             start_thread(self.server.serve_forever)
-        if not self.check_in(critical=not self.resumed):
+        if not self.check_in(critical=not self.is_upgrade):
             self.check_in_soon()
         self.check_in_loop.start()
         self.monitor_loop.start()
@@ -3636,7 +3661,7 @@ class Node:
 
     def start_fork_server(self, config: Config) -> ForkServerLink:
         """Start one and wait until it has loaded the actions.  Raises CrowdError."""
-        if self.program == PROGRAM and program_is_replaced():
+        if self.program == PROGRAM and self.is_replaced():
             raise CrowdError(f"{PROGRAM} is not what this node runs any more")
         link = ForkServerLink(self.program, config, self.receive)
         self.links.add(link)
@@ -3670,7 +3695,7 @@ class Node:
         Reported first is what is on disk, for a minute at most."""
         sweep_all(self.config.temp_storage_path)
         self.units.look()
-        if self.resumed:
+        if self.is_upgrade:
             return
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while self.units.unreported() and not self.reporter.central_is_away:
@@ -3772,7 +3797,7 @@ class Node:
         backoff = Backoff()
         give_up = time.monotonic() + RELOAD_PATIENCE
         while not self.stopping and self.link is link:
-            if program_is_replaced():
+            if self.is_replaced():
                 os.write(self.signal_writer, bytes([signal.SIGHUP]))  # for an upgrade
             self.restarts += 1
             try:
@@ -3926,9 +3951,13 @@ class Node:
 
     # Reload, upgrade and stop.
 
+    def is_replaced(self) -> bool:
+        """Is in this program's file what this process does not run?"""
+        return source_identity() not in (self.identity, b"")
+
     def is_outdated(self) -> bool:
         """Has this program's file been replaced, by one that works here?"""
-        if not program_is_replaced():
+        if not self.is_replaced():
             return False
         command = [sys.executable, PROGRAM, *arguments_of(self.config), "--status"]
         problem = ""
@@ -3950,7 +3979,7 @@ class Node:
                       "node goes on as it was: %s", PROGRAM, problem)  # fmt: skip
         return not problem
 
-    def hand_over(self) -> Json:
+    def hand_over(self) -> None:
         """Finish what is under way, for the next version to go on in this process:
         same pid, same lock, same listener.  Workers do not notice."""
         log.info("%s has been replaced: going on as what it is now", PROGRAM)
@@ -3958,10 +3987,6 @@ class Node:
         self.check_in_loop.stop()
         self.server.finish(HAND_OVER_DEADLINE)
         self.reporter.stop(HAND_OVER_DEADLINE)
-        return {
-            "listener": self.server.fileno(),
-            "place": {key: getattr(self.config, key) for key in PLACE_KEYS},
-        }
 
     def bury(self) -> None:
         """Reap children that nobody waits for: those from before an upgrade, and all
@@ -4030,7 +4055,7 @@ def keep_place(config: Config, place: Json) -> list[str]:
 
 def arguments_of(config: Config) -> list[str]:
     """The arguments that say on a command line where *config* comes from."""
-    arguments = ["--config", config.file] if config.file else []
+    arguments = ["--config", config.file or ""]
     for key, value in config.settings:
         arguments += ["--set", f"{key}={value}"]
     return arguments
@@ -4492,7 +4517,7 @@ class NodeLock:
         self.config = config
         self.path = config.state_file("node.pid")
         self.unclean = False
-        self._descriptor = -1
+        self.descriptor = -1
 
     def acquire(self, patience: float) -> bool:
         """Take the lock; False where a node has it.  Raises OSError.
@@ -4515,33 +4540,28 @@ class NodeLock:
             except FileNotFoundError:
                 pass
             os.close(descriptor)
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self.unclean = os.fstat(descriptor).st_size > 0
         self.write_pid()
         return True
 
-    def resume(self, descriptor: int) -> None:
-        """Go on with the lock that this process has had, before an upgrade."""
-        os.set_inheritable(descriptor, False)
-        self._descriptor = descriptor
-
-    def hand_over(self) -> int:
-        """The descriptor of the lock, to be kept over an exec."""
-        os.set_inheritable(self._descriptor, True)
-        return self._descriptor
+    def resume(self, descriptor: int, unclean: bool) -> None:
+        """Go on with the lock that this process has had before an exec."""
+        self.descriptor = descriptor
+        self.unclean = unclean
 
     def write_pid(self) -> None:
         """Say that this process is the node; --daemon forks in between."""
         pid = b"%d\n" % os.getpid()
-        os.pwrite(self._descriptor, pid, 0)
-        os.ftruncate(self._descriptor, len(pid))
+        os.pwrite(self.descriptor, pid, 0)
+        os.ftruncate(self.descriptor, len(pid))
 
     def release(self, clean: bool) -> None:
         """Let another node run here; *clean*: it need not check out first."""
         remove_file(self.config.state_file("node.port"))
         if clean:
             remove_file(self.path)
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def holder(self) -> int | None:
         """The pid of the node that has the lock; None where none has."""
@@ -4618,6 +4638,12 @@ def state_warnings(config: Config) -> list[str]:
     if os.stat(config.state_path).st_mode & 0o077:
         path = config.state_path
         found.append(f"state_path: others can look into {path}: chmod 700 {path}")
+    path = config.local_storage_path
+    if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
+        found.append(
+            f"local_storage_path: others can write to {path}, and could put links "
+            f"there: chmod go-w {path}"
+        )
     return found
 
 
@@ -4634,73 +4660,131 @@ def allow_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def run_node(
-    lock: NodeLock,
-    load: Callable[[], Config],
-    log_path: str | None,
-    started: Callable[[], None],
-    attended: bool = False,
-    resumed: Json | None = None,
-) -> int:
-    """Be the node, with *lock* held, until a signal stops it.  Raises CrowdError."""
+class Launch:
+    """How the node is started, and what it keeps over an exec: descriptors.
+
+    daemon, attended: which of them it is, if any.  waiting: the pipe on which --daemon
+    waits to be told; listener: an earlier version's, after an upgrade."""
+
+    def __init__(
+        self,
+        daemon: bool = False,
+        attended: bool = False,
+        waiting: int | None = None,
+        listener: int | None = None,
+    ) -> None:
+        self.daemon = daemon
+        self.attended = attended
+        self.waiting = waiting
+        self.listener = listener
+
+    def tell(self, status: int, sentence: str = "") -> None:
+        """Say how the start went, once, to whoever waits for it."""
+        if self.waiting is not None:
+            with contextlib.suppress(OSError):  # nobody waits any more
+                os.write(self.waiting, f"{status} {sentence}".encode())
+            os.close(self.waiting)
+            self.waiting = None
+
+
+def be_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> int:
+    """Be the node, with *lock* held, until a signal stops it.  Raises CrowdError,
+    unless somebody else waits to be told."""
+    try:
+        run_node(lock, load, launch)
+        return EXIT_OK
+    except CrowdError as error:
+        if launch.waiting is None:
+            raise
+        launch.tell(error.status, str(error))
+        return error.status
+
+
+def run_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> None:
+    """See be_node."""
     config = lock.config
     node = None
     try:
         import_node_modules()
         prepare_directories(config)
-        if not attended and not resumed:  # a job of --run may well save nothing
+        # A job of --run may well save nothing; and what ran before an upgrade goes on.
+        if not launch.attended and launch.listener is None:
             check_storage(config)
+        log_path = config.state_file("node.log") if launch.daemon else None
         set_up_log(log_path, config.log_level)
         lock.write_pid()
+        program = compiled(config)
+        if program != PROGRAM and not IS_COMPILED and __name__ == "__main__":
+            execute(program, lock, launch)
         allow_descriptors()
         for warning in state_warnings(config):
             log.warning("%s", warning)
-        node = Node(config, load, lock.unclean, resumed)
-        if attended:
+        node = Node(config, load, program, lock.unclean, launch.listener)
+        if launch.attended:
             start_thread(stop_at_end_of_input, node)
-        try:
-            handed_over = node.run(started)
-            if handed_over:
-                execute_anew(lock, handed_over, attended, log_path is not None)
-        except (CrowdError, OSError) as error:
-            log.error("%s", error)
-            raise
-        except Exception:
-            log.exception("the node has died of a fault of its own")
-            raise
+        live(node, lock, launch)
     except (OSError, ImportError) as error:  # the latter without descriptors
         raise CrowdError(f"can't start: {error}") from None
     finally:
         lock.release(node.clean if node else not lock.unclean)
-    return EXIT_OK
 
 
-def execute_anew(
-    lock: NodeLock, handed_over: Json, attended: bool, daemon: bool
+def live(node: Node, lock: NodeLock, launch: Launch) -> None:
+    """Run *node*, and what comes after an upgrade; log what ends it."""
+    try:
+        if node.run(lambda: launch.tell(EXIT_OK)):
+            launch.listener = node.server.fileno()
+            execute(compiled(node.config), lock, launch, vars(node.config))
+    except (CrowdError, OSError) as error:
+        log.error("%s", error)
+        raise
+    except Exception:
+        log.exception("the node has died of a fault of its own")
+        raise
+
+
+ARENAS, ARENAS_BEFORE = "MALLOC_ARENA_MAX", "CROWDNODE_ARENA_MAX"
+
+
+def execute(
+    program: str, lock: NodeLock, launch: Launch, place: Json | None = None
 ) -> None:
-    """Replace this process's program by what is in its file now.  Raises OSError.
+    """Go on as *program* in this process, with the same descriptors; *place*: where
+    the node is to stay.  Raises OSError.
 
-    Signals wait until the new program is ready for them."""
-    handed_over["lock"] = lock.hand_over()
-    os.set_inheritable(handed_over["listener"], True)
+    Compiled, for the compiler's memory is not given back.  With one arena, for glibc
+    would have one for each thread, and they would keep what large units leave in them
+    (mallopt(3)).  Signals wait until the new program is ready for them."""
+    kept = (lock.descriptor, launch.waiting, launch.listener)
+    for descriptor in kept:
+        if descriptor is not None:
+            os.set_inheritable(descriptor, True)
+    place = {key: place[key] for key in PLACE_KEYS} if place else {}
     arguments = arguments_of(lock.config)
-    arguments += ["--daemon"] if daemon else [ATTENDED_FLAG] if attended else []
-    arguments += [RESUME_FLAG, json.dumps(handed_over)]
+    arguments += ["--daemon"] if launch.daemon else []
+    arguments += [ATTENDED_FLAG] if launch.attended else []
+    arguments += [RESUME_FLAG, json.dumps([*kept, lock.unclean, place])]
+    environment = {ARENAS: "1", **os.environ, ARENAS_BEFORE: os.environ.get(ARENAS, "")}
     signal.pthread_sigmask(signal.SIG_BLOCK, NODE_SIGNALS)
-    os.execv(sys.executable, [sys.executable, PROGRAM, *arguments])
+    os.execve(sys.executable, [sys.executable, program, *arguments], environment)
 
 
 def resume_node(
     config: Config, load: Callable[[], Config], arguments: argparse.Namespace
 ) -> int:
-    """Go on as the node that this process was before an upgrade."""
-    resumed = json.loads(arguments.resume)
-    config.warnings += keep_place(config, resumed["place"])
+    """Go on as the node that this process was before execute()."""
+    locked, waiting, listener, unclean, place = json.loads(arguments.resume)
+    for descriptor in (locked, waiting, listener):
+        if descriptor is not None:
+            os.set_inheritable(descriptor, False)
+    if not os.environ.pop(ARENAS_BEFORE, ""):
+        os.environ.pop(ARENAS, None)  # it is not for actions
+    if place:
+        config.warnings += keep_place(config, place)
     lock = NodeLock(config)
-    lock.resume(resumed["lock"])
-    log_path = config.state_file("node.log") if arguments.daemon else None
-    attended = arguments.attended
-    return run_node(lock, load, log_path, lambda: None, attended, resumed)
+    lock.resume(locked, unclean)
+    launch = Launch(arguments.daemon, arguments.attended, waiting, listener)
+    return be_node(lock, load, launch)
 
 
 def stop_at_end_of_input(node: Node) -> None:
@@ -4720,7 +4804,7 @@ def run_in_foreground(
             f"a node runs here already, as process {lock.holder()} "
             f"(state_path {config.state_path})"
         )
-    return run_node(lock, load, None, lambda: None, attended)
+    return be_node(lock, load, Launch(attended=attended))
 
 
 def acquire(lock: NodeLock, patience: float) -> bool:
@@ -4760,26 +4844,16 @@ def run_in_background(config: Config, load: Callable[[], Config]) -> int:
 
 def be_daemon(lock: NodeLock, load: Callable[[], Config], writer: int) -> int:
     """The background process: says on *writer* how the start went."""
-    pipe = open(writer, "wb", 0)  # noqa: SIM115  closed as soon as it has been told
-
-    def tell(line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody waits, or it is told
-            pipe.write(line.encode())
-        pipe.close()
-
+    launch = Launch(daemon=True, waiting=writer)
     try:
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
-        path = lock.config.state_file("node.log")
-        return run_node(lock, load, path, lambda: tell(f"{EXIT_OK} "))
-    except CrowdError as error:
-        tell(f"{error.status} {error}")
-        return error.status
     except OSError as error:
-        tell(f"{EXIT_FAILED} can't start: {error}")
+        launch.tell(EXIT_FAILED, f"can't start: {error}")
         return EXIT_FAILED
+    return be_node(lock, load, launch)
 
 
 def report_start(reader: int, config: Config) -> int:
@@ -5054,8 +5128,8 @@ def parse_settings(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for.  Raises CrowdError."""
     path = find_config()
-    if arguments.config is not None:
-        path = os.path.abspath(arguments.config)
+    if arguments.config is not None:  # empty: none
+        path = os.path.abspath(arguments.config) if arguments.config else None
     settings = parse_settings(arguments)
 
     def load() -> Config:

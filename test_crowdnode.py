@@ -21,7 +21,6 @@ import http.server
 import json
 import os
 import pty
-import py_compile
 import re
 import resource
 import select
@@ -135,7 +134,8 @@ def keep_compiled() -> None:
         atexit.register(shutil.rmtree, directory)
         os.environ["PYTHONPYCACHEPREFIX"] = directory
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        py_compile.compile(PROGRAM, compiled_program(), doraise=True)
+        command = [sys.executable, "-c", crowdnode.COMPILER, PROGRAM]
+        subprocess.run([*command, compiled_program()], check=True)
 
 
 def compiled_program() -> str:
@@ -1145,6 +1145,7 @@ class Work(SharedNode):
             (post(b"work_unit=\xff"), 400, "not UTF-8"),
             (work_request(deep), 400, "not JSON"),
             (work_request(json.dumps(unit(options={"n": float("nan")}))), 400, "NaN"),
+            (work_request('{"id": 1e999}'), 400, "1e999 is out of range"),
             (bad(id=None), 400, "the unit's id"),
             (bad(id="../x"), 400, "the unit's id"),
             (bad(id="a\0"), 400, "the unit's id"),
@@ -1290,6 +1291,16 @@ class Work(SharedNode):
         self.assertEqual(status["central"]["url"], self.shared_central.url)
         self.assertIsNone(status["central"]["error"])
         self.shared_central.outcome(id)
+
+    def test_what_is_no_text_does_not_keep_lines_from_the_log(self) -> None:
+        odd = unit(self.new_id(), "\ud800" + "x" * 500)
+        status, _ = self.shared.do(odd)
+        self.assertEqual(status, "failed")
+        wait_for(lambda: self.shared.said(f"unit {odd['id']} (\\ud800xxx"), "its lines")
+
+    def test_an_empty_line_before_a_request_is_skipped(self) -> None:
+        status, _, body = self.shared.send(b"\r\nGET /heartbeat HTTP/1.1\r\n\r\n")
+        self.assertEqual((status, body), (200, b"buh-bump"))
 
     def test_benchmark_in_the_options_logs_the_time_it_took(self) -> None:
         self.shared.do(unit(self.new_id(), options={"benchmark": True}))
@@ -3168,13 +3179,18 @@ class Daemon(CrowdTest):
         node.write_config(host="no-such-host.invalid", password="x", login="y")
         node.write_actions({"syntax.py": "def"})
         os.chmod(node.path("crowdnode.conf"), 0o644)
+        os.mkdir(node.path("state", "storage"))
+        os.chmod(node.path("state", "storage"), 0o777)
         central.stop()
+        done = node.run("--check", "--set", "password=z")
+        self.assertIn("warning: the password is on the command line", done.stdout)
         done = node.run("--check")
         central.start()
         self.assertEqual(done.returncode, 1)
         for text in (
             "warning: host = no-such-host.invalid",
             "others can read it: chmod 600",
+            "warning: local_storage_path: others can write to",
             "syntax.py is left out",
             f"error: central: {central.url}: ",
         ):
@@ -3397,6 +3413,7 @@ class Portability(CrowdTest):
                 "/proc/self/oom_score_adj",
                 "/proc/self/task",
                 "/proc/self/task/{task}/children",
+                "/proc/{pid}/stat",
             ],
         )
         for word in ("epoll", "AF_NETLINK", "/dev/shm", "pidfd"):
@@ -3447,7 +3464,7 @@ class Portability(CrowdTest):
 
 STANDARD = """
     __future__ argparse base64 collections configparser contextlib ctypes difflib errno
-    fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os random
+    fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os py_compile random
     re resource select shutil signal socket struct subprocess sys tempfile threading
     time typing urllib warnings zlib
 """.split()  # noqa: SIM905
