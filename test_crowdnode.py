@@ -282,7 +282,8 @@ class NodeProcess:
         }
         self.write_actions(actions or {})
         self.write_config()
-        if not directory:  # it need not compile the program as a first node would
+        if not directory and "PYTHONPYCACHEPREFIX" in os.environ:
+            # It need not compile the program as a first node would.
             os.mkdir(self.path("state"), 0o700)
             crowdnode.copy_file(compiled_program(), self.path("state", "crowdnode.pyc"))
         self.process: subprocess.Popen[bytes] | None = None
@@ -3464,8 +3465,8 @@ class Portability(CrowdTest):
 
 STANDARD = """
     __future__ argparse base64 collections configparser contextlib ctypes difflib errno
-    fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os py_compile random
-    re resource select shutil signal socket struct subprocess sys tempfile threading
+    fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os py_compile
+    random re resource select shutil signal socket struct subprocess sys tempfile threading
     time typing urllib warnings zlib
 """.split()  # noqa: SIM905
 
