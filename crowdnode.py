@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     import ipaddress
     import logging
     import logging.handlers
+    import queue
     import random
     import shutil
     import socket
@@ -144,6 +145,7 @@ DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 READ_SIZE = 64 * 1024  # bytes
 REQUEST_BUFFER = 4096  # bytes; larger ones leave holes in the heap
 MAX_CONNECTIONS = 512
+IDLE_THREADS = 8  # of the routes, kept for the next requests
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 MEGABYTE = 1024 * 1024  # bytes
 OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
@@ -211,12 +213,13 @@ def import_command_modules() -> None:
 
 def import_node_modules() -> None:
     """Import what only a node needs: --daemon, run each minute, does without."""
-    global hashlib, hmac, logging, random, shutil, struct, subprocess, tempfile
+    global hashlib, hmac, logging, queue, random, shutil, struct, subprocess, tempfile
     global threading, urllib
     import hashlib
     import hmac
     import logging
     import logging.handlers
+    import queue
     import random
     import shutil
     import struct
@@ -3190,7 +3193,8 @@ class DeadlineReader(io.RawIOBase):
 
 
 class NodeServer(ServerBase):
-    """Listens for central; one thread for each connection, one request on each.
+    """Listens for central; one thread for each connection, one request on each.  The
+    threads stay: to start one costs as much as to answer a request.
 
     At MAX_CONNECTIONS unfinished requests the one that has kept us waiting longest is
     closed, so that central still gets in."""
@@ -3214,6 +3218,9 @@ class NodeServer(ServerBase):
         self.unread: dict[Any, None] = {}  # connections, in order of arrival
         self.unread_lock = threading.Lock()
         self.open = 0  # connections
+        self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.threads = 0
+        self.idle = 0  # threads that wait, less what waits for them
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "", self.server_address[1]
 
@@ -3233,15 +3240,41 @@ class NodeServer(ServerBase):
             self.open += 1
             self.unread[request] = None
             full = len(self.unread) > MAX_CONNECTIONS
+            self.accepted.put((request, client_address))
+            self.idle -= 1
+            is_short = self.idle < 0
         if full:
             self._close_oldest()
+        if is_short:
+            self._add_thread()
+
+    def _add_thread(self) -> None:
         try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
+            start_thread(self._serve, name="routes")
+            with self.unread_lock:
+                self.idle += 1
+                self.threads += 1
+        except OSError:  # then those that there are must do, or this one
             self.node.overload.begin("start", "can't start a thread")
-            self.patience = 1
-            self.process_request_thread(request, client_address)
-            self.patience = REQUEST_DEADLINE
+            if self.threads == 0:
+                self.patience = 1
+                self._serve_one()
+                self.patience = REQUEST_DEADLINE
+                self.idle += 1
+
+    def _serve(self) -> None:
+        """A thread of the routes."""
+        while True:
+            self._serve_one()
+            with self.unread_lock:
+                if self.idle >= IDLE_THREADS:
+                    self.threads -= 1
+                    return
+                self.idle += 1
+
+    def _serve_one(self) -> None:
+        request, client_address = self.accepted.get()
+        self.process_request_thread(request, client_address)
 
     def request_is_read(self, request: Any) -> None:
         """The sender has kept nobody waiting."""

@@ -3464,10 +3464,10 @@ class Portability(CrowdTest):
 
 
 STANDARD = """
-    __future__ argparse base64 collections configparser contextlib ctypes difflib errno
-    fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os py_compile
-    random re resource select shutil signal socket struct subprocess sys tempfile threading
-    time typing urllib warnings zlib
+    __future__ argparse base64 collections configparser contextlib ctypes difflib
+    errno fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os
+    py_compile queue random re resource select shutil signal socket struct
+    subprocess sys tempfile threading time typing urllib warnings zlib
 """.split()  # noqa: SIM905
 
 
