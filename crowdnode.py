@@ -138,6 +138,7 @@ RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
 TERM_GRACE = 10  # seconds from TERM to KILL of a node
+LOOK_INTERVAL = 0.1  # seconds from a worker's end to a look at what it has left
 KILL_GRACE = 1  # seconds from TERM to KILL of a unit
 HEARTBEAT_DEADLINE = 2  # seconds
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
@@ -290,7 +291,8 @@ def remove_file(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove *path* and what is below it, following no link.  Raises OSError.
+    """Remove *path*, if it is there, and what is below it, following no link.  Raises
+    OSError.
 
     Directories further down are moved up into *path* first: so neither their depth
     nor the length of their paths matters.  Not shutil.rmtree: importing shutil costs a
@@ -438,21 +440,6 @@ def end_children(spared: Iterable[int] = ()) -> None:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
                 pass
-
-
-def end_descendants() -> None:
-    """End the children of this process, and theirs, which are then its own: see
-    ForkServer.become_subreaper.  Gives up after KILL_GRACE."""
-    deadline = time.monotonic() + KILL_GRACE
-    try:
-        while time.monotonic() < deadline:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                if not children():
-                    return  # the kernel does not tell; the process group is ended later
-                end_children()
-                time.sleep(0.001)
-    except OSError:
-        pass  # there is none left
 
 
 # ---------------------------------------------------------------------------
@@ -893,7 +880,7 @@ def linux_memory(pattern: re.Pattern[str]) -> float | None:
 # came of it.  Knows the file's form, and nothing of who reads it.
 #
 #     crowdnode-unit 1 {"id":7,...}      the fork server, before the fork
-#     pid 4711                           the fork server, after it
+#     pid 4711                           the fork server, after it; and the worker
 #     succeeded 0.0018 {"output":42}     the worker, at its end; or "failed", and then
 #                                        by the node where the worker has died
 #     withdrawn                          the node: never to be reported
@@ -1072,6 +1059,11 @@ URL = re.compile(r"(?:file:/|(?:https?|ftp)://)[!-~]+", re.IGNORECASE)
 WEB_URL = re.compile(r"(?:https?|ftp):", re.IGNORECASE)
 
 
+def is_url(text: str) -> bool:
+    """Is *text* what is downloaded?  A pattern costs more than a look at a letter."""
+    return text[:1] in "fFhH" and URL.fullmatch(text) is not None
+
+
 def safe_file_name(url: str) -> str:
     """The name under which *url* is downloaded; protocol.md, "Where files go".
 
@@ -1131,7 +1123,7 @@ class Action:
         self.input: Any = input
         self._store = store
         self._parse_input()
-        if isinstance(self.input, str) and URL.fullmatch(self.input):
+        if isinstance(self.input, str) and is_url(self.input):
             name = safe_file_name(self.input)
             self.file_name = os.path.splitext(name)[0]
             self.input_path = self.download(self.input, name)
@@ -1490,18 +1482,65 @@ def last_line_in(error: BaseException, path: str) -> str:
 # ---------------------------------------------------------------------------
 
 
+class Limits:
+    """What an action's workers may use: nice; time in seconds, None for no limit;
+    memory in MB, for messages; and numbers and bytes for setrlimit."""
+
+    def __init__(self, config: Config, action: str) -> None:
+        self.nice: int = config.limit(action, "nice")
+        self.time: float | None = config.limit(action, "time_limit")
+        self.memory: float | None = config.limit(action, "memory_limit")
+        self.resources: list[tuple[int, int]] = []
+        for key, name in (
+            ("memory_limit", "RLIMIT_DATA"),
+            ("file_limit", "RLIMIT_FSIZE"),
+        ):
+            megabytes = config.limit(action, key)
+            if megabytes:
+                import resource  # for the workers, too
+
+                number = getattr(resource, name)
+                self.resources.append((number, int(megabytes * MEGABYTE)))
+
+
 class Worker:
-    """Runs one work unit, in a process of its own."""
+    """Runs one work unit, in a process of its own.
+
+    Made before the fork, where it costs no copied pages.  record, output: descriptors;
+    the former holds the record's lock."""
 
     def __init__(
-        self, unit: Json, action: type[Action] | None, config: Config, record: int
+        self,
+        unit: Json,
+        action: type[Action] | None,
+        config: Config,
+        store: AssetStore,
+        limits: Limits,
     ) -> None:
         self.unit = unit
+        self.name: str = unit["action"]
         self.action = action
-        self.config = config
-        self.record = record  # the descriptor; it holds the record's lock
-        self.name = str(unit["action"])
+        self.store = store
+        self.limits = limits
+        self.path = f"{config.units_path}/{unit['id']}"
+        self.directory = f"{config.temp_storage_path}/{self.name}/unit_{unit['id']}"
+        self.record = self.output = -1
         self.start_time = time.monotonic()
+
+    def accept(self, digest: str) -> None:
+        """Write down that there is this unit.  Raises OSError, FileExistsError where
+        there is a record of its name."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        self.record = os.open(self.path, flags | os.O_EXCL, 0o600)
+        fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_all(self.record, first_line(self.unit, digest))
+        self.output = os.open(f"{self.path}.out", flags | os.O_TRUNC, 0o600)
+
+    def let_go(self) -> None:
+        """Close the descriptors, which are the worker's alone from now on."""
+        for descriptor in (self.record, self.output):
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def run(self) -> None:
         """Do the unit and write down its outcome.  Returns where that was possible."""
@@ -1515,7 +1554,8 @@ class Worker:
         try:
             if self.unit["options"].get("benchmark") is True:
                 print(f"benchmark: {self._benchmark()}")
-            sys.stdout.flush()
+            if sys.stdout is not sys.__stdout__:  # that one is not buffered
+                sys.stdout.flush()
         except (OSError, ValueError):
             pass  # the action has closed it
         self._write_outcome(status, output)
@@ -1531,20 +1571,18 @@ class Worker:
 
     def run_work_unit(self) -> tuple[str, bytes]:
         """Run the action.  Whatever it raises is a failure, and is told as one."""
-        directory = None
         try:
             if self.action is None:
                 raise ActionFailed(f"this node has no action named {self.name}")
-            directory = self._make_work_directory()
-            return "succeeded", encoded_output(self._call(self.action, directory))
+            self._make_work_directory()
+            return "succeeded", encoded_output(self._call(self.action))
         except BaseException as error:
             return "failed", encoded_failure(self._explain(error))
         finally:
-            end_descendants()
-            if directory:
-                self._leave(directory)
+            if self.action:
+                self._leave()
 
-    def _call(self, action: type[Action], directory: str) -> Any:
+    def _call(self, action: type[Action]) -> Any:
         stage = STAGES[self.unit["status"]]
         if getattr(action, stage, None) is None:
             raise ActionFailed(f"the action {self.name} does not define {stage}")
@@ -1554,55 +1592,41 @@ class Worker:
             "work_unit_id": self.unit["id"],
             "attempts": self.unit["attempts"],
         }
-        store = STORES[self.config.storage](self.config)
-        task = action(self.unit["input"], options, store, directory)
+        task = action(self.unit["input"], options, self.store, self.directory)
         result = getattr(task, stage)()
         if stage == "split" and not isinstance(result, (list, tuple)):
             raise ActionFailed(f"split must return a list, not {type(result).__name__}")
         return result
 
     def _settle_in(self) -> None:
-        """Become what a worker is: nice, limited, printing to its own file."""
+        """Become what a worker is: nice, limited, printing to its own file.
+
+        The fork server writes the pid down, too, before it tells anybody of it; should
+        it die before that, this worker can still be found and ended."""
         os.setsid()
-        path = os.path.join(self.config.units_path, f"{self.unit['id']}.out")
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
-        output = os.open(path, flags, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(output)
-        if self.config.limit(self.name, "nice"):
-            os.nice(self.config.limit(self.name, "nice"))
-        try:  # the first that the kernel may end when memory runs out
-            score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
-            os.write(score, b"1000")
-            os.close(score)
-        except OSError:
-            pass  # no Linux
-        self._limit("memory_limit", "RLIMIT_DATA")
-        self._limit("file_limit", "RLIMIT_FSIZE")
+        os.write(self.record, b"pid %d\n" % os.getpid())
+        os.dup2(self.output, 1)
+        os.dup2(self.output, 2)
+        os.close(self.output)
+        if self.limits.nice:
+            os.nice(self.limits.nice)
+        for number, limit in self.limits.resources:
+            import resource
 
-    def _limit(self, key: str, name: str) -> None:
-        """Apply one limit.  Soft, so that the outcome can be written above it."""
-        megabytes = self.config.limit(self.name, key)
-        if megabytes:
-            import resource  # the fork server has imported it
-
-            number = getattr(resource, name)
+            # Soft, so that the outcome can be written above it.
             hard = resource.getrlimit(number)[1]
-            limit = int(megabytes * MEGABYTE)
             soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(number, (soft, hard))
 
     def _lift_limits(self) -> None:
-        if "resource" in sys.modules:
+        for number, _ in self.limits.resources:
             import resource
 
-            for number in (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
-                hard = resource.getrlimit(number)[1]
-                resource.setrlimit(number, (hard, hard))
+            hard = resource.getrlimit(number)[1]
+            resource.setrlimit(number, (hard, hard))
 
-    def _make_work_directory(self) -> str:
-        path = self.config.work_directory(self.name, self.unit["id"])
+    def _make_work_directory(self) -> None:
+        path = self.directory
         try:
             try:
                 os.mkdir(path, 0o700)
@@ -1614,14 +1638,13 @@ class Worker:
             os.chdir(path)
         except OSError as error:
             raise ActionFailed(f"can't make {path}: {error.strerror}") from None
-        return path
 
-    def _leave(self, directory: str) -> None:
+    def _leave(self) -> None:
         try:
             os.chdir("/")
-            remove_tree(directory)
+            remove_tree(self.directory)
         except OSError as error:
-            print(f"can't remove {directory}: {error}", file=sys.stderr)
+            print(f"can't remove {self.directory}: {error}", file=sys.stderr)
 
     def _explain(self, error: BaseException) -> str:
         """One line on *error* for central; all of it goes to the log."""
@@ -1630,12 +1653,8 @@ class Worker:
         sys.excepthook(type(error), error, error.__traceback__)
         module = sys.modules.get(self.action.__module__) if self.action else None
         where = last_line_in(error, getattr(module, "__file__", None) or "")
-        if isinstance(error, MemoryError) and self.config.limit(
-            self.name, "memory_limit"
-        ):
-            where += "; memory_limit is {:g} MB".format(
-                self.config.limit(self.name, "memory_limit")
-            )
+        if isinstance(error, MemoryError) and self.limits.memory:
+            where += f"; memory_limit is {self.limits.memory:g} MB"
         return f"{type(error).__name__}: {error}{where}"
 
     def _write_outcome(self, status: str, output: bytes) -> None:
@@ -1657,18 +1676,26 @@ class Worker:
 
     def _find_record(self) -> None:
         """Open the record again, should the action have closed its descriptor."""
-        path = os.path.join(self.config.units_path, str(self.unit["id"]))
         try:
-            if os.path.samestat(os.fstat(self.record), os.stat(path)):
+            if os.path.samestat(os.fstat(self.record), os.stat(self.path)):
                 return
         except OSError:
             pass
-        self.record = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self.record = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
 
 def encoded_output(result: Any) -> bytes:
-    """The outcome as central takes it: always an object with the key output."""
+    """The outcome as central takes it: always an object with the key output.
+
+    What most actions return is written without a JSONEncoder: to make one touches a
+    hundred pages, a quarter of what a worker touches in all."""
     try:
+        if result is None:
+            return b'{"output":null}'
+        if type(result) is int:
+            return b'{"output":%d}' % result
+        if type(result) is str:
+            return b'{"output":%s}' % json.encoder.encode_basestring(result).encode()
         return to_json({"output": result}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ActionFailed(f"the output is not JSON: {error}") from None
@@ -1722,6 +1749,9 @@ class ForkServer:
         self.actions: dict[str, type[Action]] = {}
         self.own: list[int] = []  # processes that the actions' modules have started
         self.prctl: Callable[..., int] | None = None
+        self.oom_score = -1  # a descriptor
+        self.usual_score = b"0"
+        self.look_again: float | None = None  # when to look for what workers have left
 
     def serve(self) -> None:
         """Run until the node has gone and the last worker has ended."""
@@ -1732,7 +1762,7 @@ class ForkServer:
         for descriptor in (self.link, self.wake, self.wake_writer):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
-        while self.open or self.children:
+        while self.open or self.children or self.look_again is not None:
             try:
                 self.step()
             except OSError as error:  # none that is known of; all the same, go on
@@ -1749,14 +1779,16 @@ class ForkServer:
             os.read(self.wake, 4096)
             self._reap()
         self._keep_time()
+        self._look_after_workers()
         if self.link in readable:
             self._receive()
         self._send_all()
 
     def _patience(self) -> float | None:
-        if not self.deadlines:
-            return None
-        return max(0.0, self.deadlines[0][0] - time.monotonic())
+        times = [self.deadlines[0][0]] if self.deadlines else []
+        if self.look_again is not None:
+            times.append(self.look_again)
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _receive(self) -> None:
         try:
@@ -1807,15 +1839,19 @@ class ForkServer:
         self.config = config
         loader = ActionLoader(config)
         self.actions = loader.load()
-        limits = [config.__dict__, *config.actions.values()]
-        if any(part.get("memory_limit") or part.get("file_limit") for part in limits):
-            import resource  # noqa: F401  for the workers
+        self.limits = {name: Limits(config, name) for name in ("", *self.actions)}
+        self.store = STORES[config.storage](config)
         if running_threads():
             import warnings  # what it would say has been said better, as a problem
 
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
         self.own, self.prctl = children(), load_prctl()
         self.become_subreaper()
+        try:
+            self.oom_score = os.open("/proc/self/oom_score_adj", os.O_RDWR)
+            self.usual_score = os.read(self.oom_score, 100)
+        except OSError:
+            pass  # no Linux
         stages = {name: stages_of(action) for name, action in self.actions.items()}
         self._send("ready", stages, loader.problems)
         gc.collect()
@@ -1829,28 +1865,47 @@ class ForkServer:
 
     def start(self, digest: str, unit: Json) -> None:
         """Accept *unit*: write its record, fork its worker, say its pid."""
-        path = os.path.join(self.config.units_path, str(unit["id"]))
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-        record = -1
+        name = unit["action"]
+        action, limits = self.actions.get(name), self.limits.get(name)
+        limits = limits or self.limits[""]
+        worker = Worker(unit, action, self.config, self.store, limits)
         try:
             if WEB_URL.match(unit["input"]):
                 import urllib.request  # noqa: F401  once here, not in each worker
-            record = os.open(path, flags, 0o600)
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_all(record, first_line(unit, digest))
-            pid = os.fork()
+            worker.accept(digest)
+            pid = self._fork()
             if pid == 0:
-                self._become_worker(unit, record)
-            self._keep(pid, unit)
-            write_all(record, b"pid %d\n" % pid)
+                self._become(worker)
+            self._keep(pid, unit["id"], limits.time)
+            write_all(worker.record, b"pid %d\n" % pid)
             self._send("started", unit["id"], pid)
         except FileExistsError:
             self._send("exists", unit["id"])
         except OSError as error:
-            self._refuse(unit, path, error)
+            self._refuse(unit, worker.path, error)
         finally:
-            if record >= 0:
-                os.close(record)
+            worker.let_go()
+
+    def _fork(self) -> int:
+        """Fork a worker, the first that the kernel may end when memory runs out.
+
+        It is born as that: to say so itself would cost it four times as much."""
+        self._set_oom_score(b"1000")
+        try:
+            pid = os.fork()
+        except OSError:
+            self._set_oom_score(self.usual_score)
+            raise
+        if pid:
+            self._set_oom_score(self.usual_score)
+        return pid
+
+    def _set_oom_score(self, score: bytes) -> None:
+        if self.oom_score >= 0:
+            try:
+                os.pwrite(self.oom_score, score, 0)
+            except OSError:
+                pass  # it may not be lowered again, by some security module
 
     def _refuse(self, unit: Json, path: str, error: OSError) -> None:
         """Undo the start of *unit*: its record, and its worker if there is one."""
@@ -1860,13 +1915,13 @@ class ForkServer:
                 del self.children[pid]  # its end is nobody's business
         try:
             remove_file(path)
+            remove_file(f"{path}.out")
         except OSError:
             pass  # without a pid's line nobody will take it for accepted
         self._send("refused", unit["id"], f"can't start a worker: {error.strerror}")
 
-    def _keep(self, pid: int, unit: Json) -> None:
-        self.children[pid] = Child(pid, unit["id"])
-        limit = self.config.limit(unit["action"], "time_limit")
+    def _keep(self, pid: int, unit_id: Any, limit: float | None) -> None:
+        self.children[pid] = Child(pid, unit_id)
         if limit:
             deadline = time.monotonic() + limit
             self._set_deadline(self.children[pid], deadline, signal.SIGTERM)
@@ -1875,16 +1930,18 @@ class ForkServer:
         child.deadline = when
         heapq.heappush(self.deadlines, (when, child.pid, number))
 
-    def _become_worker(self, unit: Json, record: int) -> NoReturn:
+    def _become(self, worker: Worker) -> NoReturn:
         """The child's path: whatever happens, it ends here."""
         code = EXIT_FAILED
         try:
             signal.set_wakeup_fd(-1)
-            for descriptor in (self.link, self.wake, self.wake_writer):
-                os.close(descriptor)
+            os.close(self.link)
+            os.close(self.wake)
+            os.close(self.wake_writer)
+            if self.oom_score >= 0:
+                os.close(self.oom_score)
             self.become_subreaper()
-            action = self.actions.get(unit["action"])
-            Worker(unit, action, self.config, record).run()
+            worker.run()
             code = EXIT_OK
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -1904,10 +1961,16 @@ class ForkServer:
             if child:
                 self._send("ended", child.unit_id, status, child.timed_out)
             kill_group(pid, signal.SIGKILL)
-            if status or not child:  # it has not ended its children itself
-                end_children({*self.children, *self.own})
+            if self.look_again is None:
+                self.look_again = time.monotonic() + LOOK_INTERVAL
             if len(self.deadlines) > 2 * len(self.children) + 100:
                 self._forget_deadlines()
+
+    def _look_after_workers(self) -> None:
+        """End what workers have left: daemons, which are our children now."""
+        if self.look_again is not None and self.look_again <= time.monotonic():
+            end_children({*self.children, *self.own})
+            self.look_again = None  # the end of one is a reason to look again
 
     def _forget_deadlines(self) -> None:
         """Drop those of workers that have ended: they might be days away."""
@@ -2625,6 +2688,7 @@ def sweep_all(temp_storage_path: str) -> None:
                 sweep(os.path.join(path, name))
 
 
+UNWATCHED = "the worker died while nobody watched it"
 COUNTS = (
     "accepted", "refused", "succeeded", "failed", "died", "timed_out", "reported"
 )  # fmt: skip
@@ -2955,30 +3019,35 @@ class Units:
             log.warning("%s: its record can't be read: %s", entry, error)
         if record.outcome:
             return (*record.outcome, record.outcome[0])
-        limit = self.node.config.limit(entry.action, "time_limit")
         kind = "timed_out" if entry.timed_out else "died"
-        if entry.timed_out:
-            message = (
-                f"time_limit of {limit:g} s exceeded"
-                if limit
-                else "time_limit exceeded"
-            )
-        elif entry.wait_status is None:
-            message = "the worker died while nobody watched it"
-        else:
-            message = f"the worker died: {describe_end(entry.wait_status)}"
-        with contextlib.suppress(OSError):
-            printed = read_file(self._path(entry) + ".out", MESSAGE_TAIL)
-            last = printed.decode("utf-8", "replace").strip()
-            message += f"; its last words: {last}" if last else ""
-        output, seconds = encoded_failure(message), f"{entry.seconds():.6f}"
+        seconds, words = f"{entry.seconds():.6f}", self._last_words(entry)
+        output = encoded_failure(self._death(entry) + words)
         try:
             self._write_outcome(entry, b"failed %s %s\n" % (seconds.encode(), output))
         except OSError as error:
             if entry.backoff.wait < RETRY_WAIT_LIMIT:
                 raise
             log.warning("%s: can't write down its end: %s", entry, error)
+            output = encoded_failure(UNWATCHED + words)  # as the next node would say
         return "failed", seconds, output, kind
+
+    def _death(self, entry: Unit) -> str:
+        """What ended a worker that has left no outcome."""
+        limit = self.node.config.limit(entry.action, "time_limit")
+        if entry.timed_out and limit:
+            return f"time_limit of {limit:g} s exceeded"
+        if entry.timed_out:
+            return "time_limit exceeded"
+        if entry.wait_status is None:
+            return UNWATCHED
+        return f"the worker died: {describe_end(entry.wait_status)}"
+
+    def _last_words(self, entry: Unit) -> str:
+        with contextlib.suppress(OSError):
+            printed = read_file(self._path(entry) + ".out", MESSAGE_TAIL)
+            words = printed.decode("utf-8", "replace").strip()
+            return f"; its last words: {words}" if words else ""
+        return ""
 
     def _write_outcome(self, entry: Unit, line: bytes) -> None:
         """Write down for a dead worker what is reported of it: should it have to be
@@ -4524,7 +4593,7 @@ def write_config(config: Config, path: str) -> None:
 
 def input_of(argument: str) -> str:
     """What central is given for an INPUT that is a file or a URL."""
-    if URL.fullmatch(argument):
+    if is_url(argument):
         return argument
     path = os.path.abspath(argument)
     if not argument:
@@ -4768,8 +4837,11 @@ def live(node: Node, lock: NodeLock, launch: Launch) -> None:
         if node.run(lambda: launch.tell(EXIT_OK)):
             launch.listener = node.server.fileno()
             execute(compiled(node.config), lock, launch, vars(node.config))
-    except (CrowdError, OSError) as error:
+    except CrowdError as error:
         log.error("%s", error)
+        raise
+    except OSError as error:
+        log.error("can't go on: %s", error)
         raise
     except Exception:
         log.exception("the node has died of a fault of its own")
