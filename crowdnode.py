@@ -879,7 +879,7 @@ def linux_memory(pattern: re.Pattern[str]) -> float | None:
 # Unit records: the file that says a unit was accepted, by whom it is done, and what
 # came of it.  Knows the file's form, and nothing of who reads it.
 #
-#     crowdnode-unit 1 {"id":7,...}      the fork server, before the fork
+#     crowdnode-unit 1 {"id":7,...}      the node's, by the fork server, before the fork
 #     pid 4711                           the fork server, after it; and the worker
 #     succeeded 0.0018 {"output":42}     the worker, at its end; or "failed", and then
 #                                        by the node where the worker has died
@@ -916,11 +916,11 @@ class Record:
         self.withdrawn = False
 
 
-def first_line(unit: Json, digest: str) -> bytes:
+def first_line(unit: Json, digest: str) -> str:
     """The line that a record begins with."""
     head = {key: unit[key] for key in ("id", "job_id", "action", "attempts")}
     head.update(stage=STAGES[unit["status"]], digest=digest, started=time.time())
-    return b"crowdnode-unit %s %s\n" % (RECORD_VERSION, json.dumps(head).encode())
+    return f"crowdnode-unit {RECORD_VERSION.decode()} {json.dumps(head)}\n"
 
 
 def parse_record(data: bytes) -> Record:
@@ -1506,8 +1506,14 @@ class Limits:
 class Worker:
     """Runs one work unit, in a process of its own.
 
-    Made before the fork, where it costs no copied pages.  record, output: descriptors;
-    the former holds the record's lock."""
+    Made before the fork; what it touches after it costs a copied page each, so that it
+    is written with an eye to that.  record, output: descriptors; the former holds the
+    record's lock.  deadline, timed_out: its parent's notes."""
+
+    __slots__ = (
+        "action", "deadline", "directory", "id", "inode", "limits", "name", "output",
+        "path", "record", "start_time", "store", "timed_out", "unit",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -1522,18 +1528,22 @@ class Worker:
         self.action = action
         self.store = store
         self.limits = limits
+        self.id: bytes = str(unit["id"]).encode()
         self.path = f"{config.units_path}/{unit['id']}"
         self.directory = f"{config.temp_storage_path}/{self.name}/unit_{unit['id']}"
-        self.record = self.output = -1
-        self.start_time = time.monotonic()
+        self.record = self.output = self.inode = -1
+        self.start_time = time.monotonic_ns()
+        self.deadline = 0.0
+        self.timed_out = False
 
-    def accept(self, digest: str) -> None:
+    def accept(self, head: str) -> None:
         """Write down that there is this unit.  Raises OSError, FileExistsError where
         there is a record of its name."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         self.record = os.open(self.path, flags | os.O_EXCL, 0o600)
         fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        write_all(self.record, first_line(self.unit, digest))
+        self.inode = os.fstat(self.record).st_ino
+        write_all(self.record, head.encode())
         self.output = os.open(f"{self.path}.out", flags | os.O_TRUNC, 0o600)
 
     def let_go(self) -> None:
@@ -1567,7 +1577,7 @@ class Worker:
 
     def time_taken(self) -> float:
         """Seconds since this worker began."""
-        return time.monotonic() - self.start_time
+        return (time.monotonic_ns() - self.start_time) / 1e9
 
     def run_work_unit(self) -> tuple[str, bytes]:
         """Run the action.  Whatever it raises is a failure, and is told as one."""
@@ -1661,23 +1671,28 @@ class Worker:
         """Write the outcome's line, or at least that it can't be written."""
         self._lift_limits()
         self._find_record()
-        size = os.fstat(self.record).st_size
-        for _ in range(2):
-            line = b"%s %.6f %s\n" % (status.encode(), self.time_taken(), output)
-            try:
-                write_all(self.record, line)
-                return
-            except OSError as error:
-                os.ftruncate(self.record, size)
-                # This one is short: it fits into what the file occupies already.
-                reason = f"the outcome can't be written: {error.strerror}"
-                status, output = "failed", encoded_failure(reason)
-        raise OSError("the outcome can't be written")
+        line = self._outcome_line(status, output)
+        written = 0
+        try:
+            written = os.write(self.record, line)
+            write_all(self.record, line[written:])
+        except OSError as error:
+            os.ftruncate(self.record, os.fstat(self.record).st_size - written)
+            # This one is short: it fits into what the file occupies already.
+            reason = f"the outcome can't be written: {error.strerror}"
+            write_all(
+                self.record, self._outcome_line("failed", encoded_failure(reason))
+            )
+
+    def _outcome_line(self, status: str, output: bytes) -> bytes:
+        # Not as a float: to write one touches ten pages more.
+        seconds, rest = divmod(time.monotonic_ns() - self.start_time, 1_000_000_000)
+        return b"%s %d.%06d %s\n" % (status.encode(), seconds, rest // 1000, output)
 
     def _find_record(self) -> None:
         """Open the record again, should the action have closed its descriptor."""
         try:
-            if os.path.samestat(os.fstat(self.record), os.stat(self.path)):
+            if os.fstat(self.record).st_ino == self.inode:
                 return
         except OSError:
             pass
@@ -1712,24 +1727,12 @@ def encoded_failure(message: str) -> bytes:
 #
 # Messages are lines of JSON.  From the node:
 #     ["configure", configuration]               once, first
-#     ["unit", digest, unit]   ["kill", pid, signal]   ["try"]
+#     ["unit", first line of its record, unit]   ["kill", pid, signal]   ["try"]
 # To the node:
 #     ["ready", {action: stages}, problems]      once, first
 #     ["started", id, pid]   ["refused", id, reason]   ["exists", id]
 #     ["ended", id, wait status, timed out]      ["tried", reason or null]
 # ---------------------------------------------------------------------------
-
-
-class Child:
-    """A worker, as its parent sees it."""
-
-    __slots__ = ("deadline", "pid", "timed_out", "unit_id")
-
-    def __init__(self, pid: int, unit_id: Any) -> None:
-        self.pid = pid
-        self.unit_id = unit_id
-        self.deadline = 0.0
-        self.timed_out = False
 
 
 class ForkServer:
@@ -1740,7 +1743,7 @@ class ForkServer:
 
     def __init__(self, link: int) -> None:
         self.link = link
-        self.children: dict[int, Child] = {}  # by pid
+        self.children: dict[int, Worker] = {}  # by pid
         self.deadlines: list[tuple[float, int, int]] = []  # heap: (when, pid, signal)
         self.received = bytearray()
         self.to_send = bytearray()
@@ -1863,7 +1866,7 @@ class ForkServer:
         if self.prctl:
             self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def start(self, digest: str, unit: Json) -> None:
+    def start(self, head: str, unit: Json) -> None:
         """Accept *unit*: write its record, fork its worker, say its pid."""
         name = unit["action"]
         action, limits = self.actions.get(name), self.limits.get(name)
@@ -1872,13 +1875,16 @@ class ForkServer:
         try:
             if WEB_URL.match(unit["input"]):
                 import urllib.request  # noqa: F401  once here, not in each worker
-            worker.accept(digest)
+            worker.accept(head)
             pid = self._fork()
             if pid == 0:
                 self._become(worker)
-            self._keep(pid, unit["id"], limits.time)
+            self.children[pid] = worker
+            if limits.time:
+                deadline = time.monotonic() + limits.time
+                self._set_deadline(pid, worker, deadline, signal.SIGTERM)
             write_all(worker.record, b"pid %d\n" % pid)
-            self._send("started", unit["id"], pid)
+            self.to_send += b'["started","%s",%d]\n' % (worker.id, pid)
         except FileExistsError:
             self._send("exists", unit["id"])
         except OSError as error:
@@ -1909,8 +1915,8 @@ class ForkServer:
 
     def _refuse(self, unit: Json, path: str, error: OSError) -> None:
         """Undo the start of *unit*: its record, and its worker if there is one."""
-        for pid, child in list(self.children.items()):
-            if child.unit_id == unit["id"]:
+        for pid, worker in list(self.children.items()):
+            if worker.unit is unit:
                 kill_worker(pid, signal.SIGKILL)
                 del self.children[pid]  # its end is nobody's business
         try:
@@ -1920,15 +1926,9 @@ class ForkServer:
             pass  # without a pid's line nobody will take it for accepted
         self._send("refused", unit["id"], f"can't start a worker: {error.strerror}")
 
-    def _keep(self, pid: int, unit_id: Any, limit: float | None) -> None:
-        self.children[pid] = Child(pid, unit_id)
-        if limit:
-            deadline = time.monotonic() + limit
-            self._set_deadline(self.children[pid], deadline, signal.SIGTERM)
-
-    def _set_deadline(self, child: Child, when: float, number: int) -> None:
+    def _set_deadline(self, pid: int, child: Worker, when: float, number: int) -> None:
         child.deadline = when
-        heapq.heappush(self.deadlines, (when, child.pid, number))
+        heapq.heappush(self.deadlines, (when, pid, number))
 
     def _become(self, worker: Worker) -> NoReturn:
         """The child's path: whatever happens, it ends here."""
@@ -1957,18 +1957,25 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            child = self.children.pop(pid, None)
-            if child:
-                self._send("ended", child.unit_id, status, child.timed_out)
-            kill_group(pid, signal.SIGKILL)
+            worker = self.children.pop(pid, None)
+            if worker:
+                timed_out = b"true" if worker.timed_out else b"false"
+                self.to_send += b'["ended","%s",%d,%s]\n' % (
+                    worker.id, status, timed_out
+                )  # fmt: skip
+            if status or not self.prctl:  # else it is found, if there is any
+                kill_group(pid, signal.SIGKILL)
             if self.look_again is None:
                 self.look_again = time.monotonic() + LOOK_INTERVAL
             if len(self.deadlines) > 2 * len(self.children) + 100:
                 self._forget_deadlines()
+            if worker and not self.children:
+                return  # to ask whether there are more would raise, mostly
 
     def _look_after_workers(self) -> None:
         """End what workers have left: daemons, which are our children now."""
         if self.look_again is not None and self.look_again <= time.monotonic():
+            self._reap()
             end_children({*self.children, *self.own})
             self.look_again = None  # the end of one is a reason to look again
 
@@ -1992,7 +1999,7 @@ class ForkServer:
                 child.timed_out = True
                 kill_worker(pid, number)
                 if number == signal.SIGTERM:
-                    self._set_deadline(child, now + KILL_GRACE, signal.SIGKILL)
+                    self._set_deadline(pid, child, now + KILL_GRACE, signal.SIGKILL)
 
     def _try(self) -> str | None:
         """Could a worker be started now?  The reason if not."""
@@ -2781,7 +2788,8 @@ class Units:
         while True:
             entry, is_new = self._enter(name, unit, digest, deadline)
             if is_new and entry.link:
-                message = f'["unit", "{digest}", {line}]\n'
+                head = json.dumps(first_line(unit, digest))
+                message = f'["unit", {head}, {line}]\n'
                 if not entry.link.send_line(message.encode()):
                     self.refused(entry.link, name, "the fork server has gone")
             if not entry.answered.wait(max(0.0, deadline - time.monotonic())):
