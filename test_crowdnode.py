@@ -1160,7 +1160,7 @@ class Work(SharedNode):
             (bad(input=3), 400, "input is not a string"),
             (bad(action=3), 400, "action is not a string"),
             (bad(options=[]), 400, "options is not an object"),
-            (b"HELLO\r\n\r\n", 400, "Bad request syntax"),
+            (b"HELLO\r\n\r\n", 400, "is not METHOD PATH HTTP"),
             (b"POST /work HTTP/1.1\r\n\r\n", 411, "Content-Length"),
             (
                 b"POST /work HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
