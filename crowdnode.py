@@ -148,7 +148,7 @@ LINE_LIMIT = 65536  # bytes of a line of a request's head
 HEADER_LIMIT = 100
 REQUEST_BUFFER = 4096  # bytes; larger ones leave holes in the heap
 MAX_CONNECTIONS = 512
-IDLE_THREADS = 8  # of the routes, kept for the next requests
+IDLE_THREADS = 4  # of the routes, kept for the next requests
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 MEGABYTE = 1024 * 1024  # bytes
 OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
@@ -2645,7 +2645,7 @@ class ForkServerLink:
         received = b""
         while True:
             try:
-                data = self._socket.recv(READ_SIZE)
+                data = self._socket.recv(REQUEST_BUFFER)
             except OSError:
                 data = b""
             if not data:
