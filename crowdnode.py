@@ -29,10 +29,11 @@ Routes:   GET /heartbeat  "buh-bump"
 
 Signals:  TERM, INT, QUIT   refuse work, wait drain_time seconds, check out, exit;
                             a second one skips the waiting
-          HUP               read the configuration and the actions again, reopen the log
+          HUP               read the configuration and the actions again, reopen the
+                            log; go on as the new version where this file has changed
 
 Files, in state_path:
-          crowdnode.pyc         this program compiled, for the fork server
+          crowdnode.pyc         this program compiled: what node and fork server run
           node.pid, node.port   who runs and where; node.pid is the lock
           node.log, node.log.N  the log of --daemon, rotated
           fork_server.out       what the actions' modules print when they load
@@ -791,19 +792,26 @@ def complete_config(config: Config, places: dict[str, str]) -> Config:
             f"{places['login']} = {config.login}: must not hold a colon, which ends "
             "the login in HTTP Basic"
         )
+    config.warnings += config_warnings(config, places)
+    return config
+
+
+def config_warnings(config: Config, places: dict[str, str]) -> list[str]:
+    """What works, and yet is hardly meant."""
+    found = []
     if config.password and places.get("password", "").startswith(COMMAND_LINE):
-        config.warnings.append(
+        found.append(
             "the password is on the command line, where everybody here can read it: "
             "put it into the configuration file"
         )
-    if "actions_path" in places and not os.path.isdir(config.actions_path):
-        config.warnings.append(f"actions_path: {config.actions_path} is no directory")
     if config.password and config.file and os.stat(config.file).st_mode & 0o044:
-        config.warnings.append(
+        found.append(
             f"{config.file} holds a password and others can read it: "
             f"chmod 600 {config.file}"
         )
-    return config
+    if "actions_path" in places and not os.path.isdir(config.actions_path):
+        found.append(f"actions_path: {config.actions_path} is no directory")
+    return found
 
 
 def processors() -> int:
@@ -2769,6 +2777,12 @@ class Unit:
         """How long it has been here."""
         return time.monotonic() - self.started
 
+    def status(self) -> Json:
+        """What GET /status says of it while it runs."""
+        keys = ("id", "job_id", "action", "stage", "pid")
+        fields = {key: getattr(self, key) for key in keys}
+        return {**fields, "seconds": round(self.seconds(), 3)}
+
 
 def parse_unit(text: str) -> Json:
     """A unit as it came in the field work_unit.  Raises BadRequest."""
@@ -4070,7 +4084,6 @@ class Node:
         """What GET /status answers: seconds, MB, null where unknown."""
         central = self.central
         ago = central.checked_in
-        units = self.units.running()
         return {
             "version": __version__,
             "host": self.config.host,
@@ -4093,17 +4106,7 @@ class Node:
                 "pid": self.link.pid if self.link else None,
                 "restarts": self.restarts,
             },
-            "running": [
-                {
-                    "id": unit.id,
-                    "job_id": unit.job_id,
-                    "action": unit.action,
-                    "stage": unit.stage,
-                    "pid": unit.pid,
-                    "seconds": round(unit.seconds(), 3),
-                }
-                for unit in units
-            ],
+            "running": [unit.status() for unit in self.units.running()],
             "unreported": self.units.unreported(),
             "counts": dict(self.units.counts),
         }
@@ -5217,8 +5220,29 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
     return job.run(given)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line; argparse ends the process with 2 where it is wrong."""
+COMMANDS = (
+    ("--daemon", "see to it that a node runs here, in the background"),
+    ("--check", "is all in order?"),
+    ("--status", "what does the node do?"),
+    ("--stop", "stop the node and wait until it is gone"),
+    ("--reload", "have the node read configuration and actions anew"),
+)
+OPTIONS = (
+    ("--config", "FILE", "default: crowdnode.conf here, else beside this file"),
+    ("--port", "N", "the same as --set port=N"),
+    ("--options", "JSON", "with --run: the options of the job"),
+)
+SWITCHES = (
+    ("--strings", "with --run: inputs are strings"),
+    ("--quiet", "with --run: no progress"),
+    ("--json", "with --status: the document"),
+)
+# An option, and the command that it goes with.
+BELONG = (("strings", "run"), ("quiet", "run"), ("options", "run"), ("json", "status"))
+
+
+def command_line_parser() -> argparse.ArgumentParser:
+    """What the command line may hold; two flags are for this program itself."""
     parser = argparse.ArgumentParser(
         prog="crowdnode.py",
         description="A node of CloudCrowd. Without a command: in the foreground.",
@@ -5227,14 +5251,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     command = parser.add_mutually_exclusive_group()
-    for name, does in (
-        ("--daemon", "see to it that a node runs here, in the background"),
-        ("--check", "is all in order?"),
-        ("--status", "what does the node do?"),
-        ("--stop", "stop the node and wait until it is gone"),
-        ("--reload", "have the node read configuration and actions anew"),
-        (ATTENDED_FLAG, argparse.SUPPRESS),
-    ):
+    for name, does in (*COMMANDS, (ATTENDED_FLAG, argparse.SUPPRESS)):
         command.add_argument(name, action="store_true", help=does)
     version = f"crowdnode {__version__}"
     command.add_argument("--version", action="version", version=version)
@@ -5246,38 +5263,26 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="with --run: a file, a URL, with --strings any string; - is the lines of "
         "standard input",
     )
-    for name, metavar, default, does in (
-        (
-            "--config",
-            "FILE",
-            None,
-            "default: crowdnode.conf here, else beside this file",
-        ),
-        ("--port", "N", None, "the same as --set port=N"),
-        ("--options", "JSON", None, "with --run: the options of the job"),
-    ):
-        parser.add_argument(name, metavar=metavar, default=default, help=does)
+    for name, metavar, does in OPTIONS:
+        parser.add_argument(name, metavar=metavar, help=does)
     parser.add_argument(RESUME_FLAG, help=argparse.SUPPRESS)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
     )
-    for name, does in (
-        ("--strings", "with --run: inputs are strings"),
-        ("--quiet", "with --run: no progress"),
-        ("--json", "with --status: the document"),
-    ):
+    for name, does in SWITCHES:
         parser.add_argument(name, action="store_true", help=does)
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; argparse ends the process with 2 where it is wrong."""
+    parser = command_line_parser()
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_intermixed_args(argv[:end])
     arguments.inputs += argv[end + 1 :]
-    for option, needed in (
-        ("strings", "run"),
-        ("quiet", "run"),
-        ("options", "run"),
-        ("json", "status"),
-    ):
-        if getattr(arguments, option) and not getattr(arguments, needed):
-            parser.error(f"--{option} goes with --{needed}")
+    for option, command in BELONG:
+        if getattr(arguments, option) and not getattr(arguments, command):
+            parser.error(f"--{option} goes with --{command}")
     if arguments.inputs and not arguments.run:
         parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}")
     return arguments
