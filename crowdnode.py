@@ -3777,8 +3777,9 @@ class Node:
             start_thread(self.warn_about_host)
         while self.next_signal() == signal.SIGHUP:
             if self.is_outdated():
-                self.hand_over()
-                return True
+                if self.hand_over():
+                    return True
+                break
             self.reload()
         self.shut_down()
         return False
@@ -4141,14 +4142,22 @@ class Node:
                       "node goes on as it was: %s", PROGRAM, problem)  # fmt: skip
         return not problem
 
-    def hand_over(self) -> None:
+    def hand_over(self) -> bool:
         """Finish what is under way, for the next version to go on in this process:
-        same pid, same lock, same listener.  Workers do not notice."""
+        same pid, same lock, same listener.  Workers do not notice.
+
+        False where a signal to stop has come meanwhile."""
         log.info("%s has been replaced: going on as what it is now", PROGRAM)
+        self.stopping = True  # no other fork server: it would be of the next version
+        self.program = compiled(self.config)
         self.monitor_loop.stop()
         self.check_in_loop.stop()
         self.server.finish(HAND_OVER_DEADLINE)
         self.reporter.stop(HAND_OVER_DEADLINE)
+        number: int | None = signal.SIGHUP
+        while number == signal.SIGHUP:
+            number = self.next_signal(0)
+        return number is None
 
     def bury(self) -> None:
         """Reap children that nobody waits for: those from before an upgrade, and all
@@ -4905,7 +4914,7 @@ def live(node: Node, lock: NodeLock, launch: Launch) -> None:
     try:
         if node.run(lambda: launch.tell(EXIT_OK)):
             launch.listener = node.server.fileno()
-            execute(compiled(node.config), lock, launch, vars(node.config))
+            execute(node.program, lock, launch, vars(node.config))
     except CrowdError as error:
         log.error("%s", error)
         raise

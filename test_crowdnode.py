@@ -2875,6 +2875,20 @@ class Upgrade(CrowdTest):
         self.assertEqual(node.status()["pid"], pid)
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
 
+    def test_a_stop_in_the_middle_of_an_upgrade_is_obeyed(self) -> None:
+        node = self.installed()
+        pid = node.status()["pid"]
+        self.install(node, "1.0.1")
+        with socket.create_connection(("127.0.0.1", node.port)) as connection:
+            connection.sendall(b"GET")  # a request that the upgrade waits for
+            wait_for(lambda: node.status(), "that is accepted: it came later")
+            os.kill(pid, signal.SIGHUP)
+            wait_for(lambda: node.said("going on as what it is now"), "an upgrade")
+            os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not alive(pid), "a stop")
+        self.assertEqual(node.central.calls[-1][0], "DELETE")
+        self.assertEqual(node.said("crowdnode 1.0.1, 127.0.0.1 port"), 0)
+
     def test_an_upgrade_survives_that_central_is_away(self) -> None:
         node = self.installed()
         node.central.stop()
