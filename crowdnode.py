@@ -3087,7 +3087,9 @@ class Units:
             if entry.backoff.wait < RETRY_WAIT_LIMIT:
                 raise
             log.warning("%s: can't write down its end: %s", entry, error)
-            output = encoded_failure(UNWATCHED + words)  # as the next node would say
+            # From now on it is told in the words that the next node would use.
+            entry.wait_status, entry.timed_out = None, False
+            output = encoded_failure(UNWATCHED + words)
         return "failed", seconds, output, kind
 
     def _death(self, entry: Unit) -> str:

@@ -2402,6 +2402,29 @@ class Recovery(CrowdTest):
         wait_for(lambda: not node.units(), "no record is left")
         self.assertEqual(len(node.central.reports(1)), 1)
 
+    def test_a_death_is_told_in_the_same_words_for_ever(self) -> None:
+        if not hasattr(resource, "prlimit"):
+            self.skipTest("needs prlimit")
+        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.1}
+        node = self.node(constants=constants)
+        node.central.answer = lambda method, path, fields: (
+            500 if path == "/work/1" else None
+        )
+        pid = node.take(unit(1, "sleeper", "60"))
+        limits = resource.prlimit(node.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+        os.kill(pid, signal.SIGKILL)
+        node.central.outcome(1)  # it was given up to write its end down
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, limits)
+        wait_for(lambda: b"failed" in node.record(1), "it can be written down")
+        told = len(node.central.reports(1))
+        wait_for(lambda: len(node.central.reports(1)) > told + 1, "more reports")
+        node.central.answer = lambda method, path, fields: None
+        wait_for(lambda: not node.units(), "no record is left")
+        outputs = {fields["output"] for fields in node.central.reports(1)}
+        words = '{"output":"the worker died while nobody watched it"}'
+        self.assertEqual(outputs, {words})
+
     def test_a_record_that_cannot_be_removed_does_not_hold_up_a_start(self) -> None:
         node = self.prepared()
         units = node.path("state", "units")
