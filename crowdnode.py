@@ -3203,7 +3203,7 @@ class Units:
                 self._add(name, entry)
                 how = "still running" if locked else "settled"
                 log.info("%s of an earlier process is %s", entry, how)
-                self._look_after(entry)
+                self._look_at(entry, locked, record)
 
     def _from_record(self, record: Record, head: Json) -> Unit:
         entry = Unit(
@@ -3229,6 +3229,11 @@ class Units:
         except (OSError, OddRecord) as error:
             log.warning("%s: its record can't be read: %s", entry, error)
             return
+        self._look_at(entry, locked, record)
+
+    def _look_at(self, entry: Unit, locked: bool, record: Record) -> None:
+        """See _look_after; *locked* and *record* are what has just been found."""
+        path = self._path(entry)
         entry.pid = record.pid
         # A child that a worker has forked may hold the lock of a dead one.
         if not locked or record.outcome or not exists(record.pid):
