@@ -435,7 +435,7 @@ def children() -> list[int]:
     return found
 
 
-def end_children(spared: Iterable[int] = ()) -> None:
+def end_children(spared: Iterable[int]) -> None:
     """KILL the children of this process but those that are *spared*."""
     for pid in children():
         if pid not in spared:
