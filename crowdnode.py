@@ -3914,9 +3914,8 @@ class Node:
             return
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while self.units.unreported() and not self.reporter.central_is_away:
-            time.sleep(
-                0.05
-            )  # not at each report: to count takes as long as they are many
+            # Not at each report: to count takes as long as they are many.
+            time.sleep(0.05)
             if time.monotonic() > deadline:
                 break
 
