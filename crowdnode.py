@@ -10,6 +10,7 @@ central, is handed units over HTTP, forks a worker for each, and reports each ou
     crowdnode.py --run ACTION INPUT...    one job on this machine, nothing else needed
     crowdnode.py --check                  is all in order?
     crowdnode.py --status | --stop | --reload
+    crowdnode.py --stubs DIR              what central must know of the actions
 
 Processes:
 
@@ -26,6 +27,8 @@ and only the node is on the wire, so each of the three may be killed at any mome
 Routes:   GET /heartbeat  "buh-bump"
           POST /work      {"pid": 4711}: the unit is accepted, and will be answered for
           GET /status     what the node is doing, as JSON
+          GET /metrics    the same for Prometheus
+          GET /           the same for people
 
 Signals:  TERM, INT, QUIT   refuse work, wait drain_time seconds, check out, exit;
                             a second one skips the waiting
@@ -72,13 +75,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import base64
+    import bisect
     import configparser
     import contextlib
     import hashlib
     import hmac
+    import html
     import ipaddress
     import logging
     import logging.handlers
+    import mimetypes
     import queue
     import random
     import shutil
@@ -111,6 +117,7 @@ IS_COMPILED = __file__.endswith(".pyc")
 # ---------------------------------------------------------------------------
 
 DEFAULT_PORT = 9063
+HEARTBEAT = "buh-bump"  # what both sides answer to GET /heartbeat
 OVERLOADED_MESSAGE = "Node Overloaded"  # the body central knows a refusal by
 REALM = "CloudCrowd"
 
@@ -122,6 +129,7 @@ SCRAPE_MAC_PAGE = re.compile(r"page size of (\d+) bytes")
 
 MONITOR_INTERVAL = 3  # seconds
 CHECK_IN_INTERVAL = 300  # seconds
+MINUTE = 60  # seconds
 RETRY_WAIT = 5  # seconds, doubled at each failure up to
 RETRY_WAIT_LIMIT = 60  # seconds
 REMINDER_INTERVAL = 60  # seconds between two log lines about the same overload
@@ -142,6 +150,7 @@ TERM_GRACE = 10  # seconds from TERM to KILL of a node
 LOOK_INTERVAL = 0.1  # seconds from a worker's end to a look at what it has left
 KILL_GRACE = 1  # seconds from TERM to KILL of a unit
 HEARTBEAT_DEADLINE = 2  # seconds
+CLOCK_TOLERANCE = 60  # seconds that this machine's clock may be off central's
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 READ_SIZE = 64 * 1024  # bytes
@@ -150,15 +159,24 @@ HEADER_LIMIT = 100
 REQUEST_BUFFER = 4096  # bytes; larger ones leave holes in the heap
 MAX_CONNECTIONS = 512
 IDLE_THREADS = 4  # of the routes, kept for the next requests
+RECENT = 20  # units that ended, on the page
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 MEGABYTE = 1024 * 1024  # bytes
 OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
 OUTPUT_LIMIT = 16 * OUTPUT_TAIL  # bytes at which the file of it is cut back
+OWN_FRAMES = 10  # of a traceback, at most, in a failure's message
 MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
+TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/")
+S3_ALGORITHM = "AWS4-HMAC-SHA256"
+S3_SAFE = "/-_.~"  # what a signature leaves of a path as it is
+S3_LIMIT = 5 * 1024**3  # bytes of one PUT
+S3_LINK_TIME = 24 * 60 * 60  # seconds
+S3_WAITS = (1, 2, 4)  # seconds after failures of the other side
 LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_SILENT = range(5)
 EXIT_INTERRUPTED = 130
+RED, GREEN, YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
 
 PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
@@ -217,10 +235,23 @@ def import_command_modules() -> None:
 
 def import_node_modules() -> None:
     """Import what only a node needs: --daemon, run each minute, does without."""
-    global hashlib, hmac, logging, queue, random, shutil, struct, subprocess, tempfile
+    global \
+        bisect, \
+        hashlib, \
+        hmac, \
+        html, \
+        logging, \
+        queue, \
+        random, \
+        shutil, \
+        struct, \
+        subprocess, \
+        tempfile
     global threading, urllib
+    import bisect
     import hashlib
     import hmac
+    import html
     import logging
     import logging.handlers
     import queue
@@ -611,8 +642,14 @@ NODE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "drain_time": ("5", decimal(0, 1_000_000, " (seconds)")),
     "state_path": ("~/.crowdnode", text),
     "temp_storage_path": ("", text),
-    "storage": ("filesystem", choice("filesystem")),
+    "storage": ("filesystem", choice("filesystem", "s3")),
     "local_storage_path": ("", text),
+    "s3_bucket": ("", text),
+    "s3_authentication": ("no", boolean),
+    "aws_access_key": ("", text),
+    "aws_secret_key": ("", text),
+    "s3_endpoint": ("", web_address),
+    "s3_region": ("us-east-1", text),
     "central_timeout": ("30", SECONDS),
     "report_timeout": ("300", SECONDS),
     "max_request_size": ("64", SIZE),
@@ -647,6 +684,12 @@ class Config:
     temp_storage_path: str
     storage: str
     local_storage_path: str
+    s3_bucket: str | None
+    s3_authentication: bool
+    aws_access_key: str | None
+    aws_secret_key: str | None
+    s3_endpoint: str | None
+    s3_region: str
     central_timeout: float
     report_timeout: float
     max_request_size: float
@@ -794,6 +837,13 @@ def complete_config(config: Config, places: dict[str, str]) -> Config:
     config.disabled_actions = config.disabled_actions or []
     if config.max_workers is None:
         config.max_workers = processors()
+    check_across(config, places)
+    config.warnings += config_warnings(config, places)
+    return config
+
+
+def check_across(config: Config, places: dict[str, str]) -> None:
+    """Raise UsageError where keys do not go together."""
     if config.http_authentication and not (config.login and config.password):
         raise UsageError(
             f"{places['http_authentication']} = yes: needs login and password too"
@@ -803,23 +853,28 @@ def complete_config(config: Config, places: dict[str, str]) -> Config:
             f"{places['login']} = {config.login}: must not hold a colon, which ends "
             "the login in HTTP Basic"
         )
-    config.warnings += config_warnings(config, places)
-    return config
+    if config.storage == "s3":
+        for key in ("s3_bucket", "aws_access_key", "aws_secret_key"):
+            if not getattr(config, key):
+                raise UsageError(f"{places['storage']} = s3: needs {key} too")
 
 
 def config_warnings(config: Config, places: dict[str, str]) -> list[str]:
     """What works, and yet is hardly meant."""
     found = []
-    if config.password and places.get("password", "").startswith(COMMAND_LINE):
-        found.append(
-            "the password is on the command line, where everybody here can read it: "
-            "put it into the configuration file"
-        )
-    if config.password and config.file and os.stat(config.file).st_mode & 0o044:
-        found.append(
-            f"{config.file} holds a password and others can read it: "
-            f"chmod 600 {config.file}"
-        )
+    for key in ("password", "aws_secret_key"):
+        if not getattr(config, key):
+            continue
+        if places.get(key, "").startswith(COMMAND_LINE):
+            found.append(
+                f"the {key} is on the command line, where everybody here can read it: "
+                "put it into the configuration file"
+            )
+        elif config.file and os.stat(config.file).st_mode & 0o044:
+            found.append(
+                f"{config.file} holds a {key} and others can read it: "
+                f"chmod 600 {config.file}"
+            )
     if "actions_path" in places and not os.path.isdir(config.actions_path):
         found.append(f"actions_path: {config.actions_path} is no directory")
     return found
@@ -1059,7 +1114,172 @@ class FilesystemStore(AssetStore):
         return file_url(path)
 
 
-STORES: dict[str, type[AssetStore]] = {"filesystem": FilesystemStore}
+class S3Store(AssetStore):
+    """Keeps files in a bucket of S3, or of a server that speaks like it: for everybody
+    under plain URLs, or with s3_authentication behind links that hold for a day.
+
+    Source: "Authenticating Requests (AWS Signature Version 4)", Amazon S3 API."""
+
+    def __init__(self, config: Config) -> None:
+        """Imports what a worker needs, before it is forked."""
+        super().__init__(config)
+        global hashlib, hmac, mimetypes, urllib
+        import hashlib
+        import hmac
+        import mimetypes
+        import urllib.error
+        import urllib.request
+
+        bucket, endpoint = config.s3_bucket or "", config.s3_endpoint
+        host = f"s3.{config.s3_region}.amazonaws.com"
+        self.base, self.prefix = endpoint or f"https://{host}", f"/{bucket}"
+        # A certificate of *.s3... does not hold for a name with more dots.
+        if not endpoint and "." not in bucket:
+            self.base, self.prefix = f"https://{bucket}.{host}", ""
+        self.host = self.base.partition("://")[2]
+
+    def check(self) -> None:
+        """See AssetStore: asks for nothing, but of that bucket with those keys."""
+        try:
+            self._send("GET", f"{self.prefix or '/'}", "list-type=2&max-keys=0")
+        except S3Refused as error:
+            if error.code != "AccessDenied":  # it may be allowed to write alone
+                raise
+
+    def save(self, local_path: str, save_path: str) -> str:
+        """See AssetStore."""
+        path = f"{self.prefix}/{urllib.parse.quote(save_path, safe=S3_SAFE)}"
+        digest = hashlib.sha256()
+        with open(local_path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > S3_LIMIT:
+                raise OSError(
+                    errno.EFBIG, f"it has {size} bytes, and S3 takes 5 GB at once"
+                )
+            for piece in iter(lambda: file.read(READ_SIZE), b""):
+                digest.update(piece)
+            acl = "private" if self.config.s3_authentication else "public-read"
+            kind = mimetypes.guess_type(save_path)[0] or "application/octet-stream"
+            headers = {"x-amz-acl": acl, "content-length": str(size)}
+            headers["content-type"] = kind
+            self._send("PUT", path, "", headers, digest.hexdigest(), file)
+        if self.config.s3_authentication:
+            return self.link(path)
+        return self.base + path
+
+    def link(self, path: str) -> str:
+        """A URL of *path*, quoted, that anybody may get for a day."""
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        fields = {
+            "X-Amz-Algorithm": S3_ALGORITHM,
+            "X-Amz-Credential": f"{self.config.aws_access_key}/{self._scope(now)}",
+            "X-Amz-Date": now,
+            "X-Amz-Expires": str(S3_LINK_TIME),
+            "X-Amz-SignedHeaders": "host",
+        }
+        query = urllib.parse.urlencode(
+            fields, quote_via=urllib.parse.quote, safe="-_.~"
+        )
+        signed = self._signature(
+            "GET", path, query, {"host": self.host}, "UNSIGNED-PAYLOAD", now
+        )
+        return f"{self.base}{path}?{query}&X-Amz-Signature={signed}"
+
+    def _scope(self, now: str) -> str:
+        return f"{now[:8]}/{self.config.s3_region}/s3/aws4_request"
+
+    def _signature(
+        self, method: str, path: str, query: str, headers: Json, digest: str, now: str
+    ) -> str:
+        """*headers*: in small letters, sorted; path and query: quoted; query sorted."""
+        lines = [method, path, query]
+        lines += [f"{name}:{value}" for name, value in headers.items()]
+        lines += ["", ";".join(headers), digest]
+        hashed = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        text = "\n".join([S3_ALGORITHM, now, self._scope(now), hashed])
+        key = f"AWS4{self.config.aws_secret_key}".encode()
+        for word in [*self._scope(now).split("/"), text]:
+            key = hmac.new(key, word.encode(), "sha256").digest()
+        return key.hex()
+
+    def _authorized(
+        self, method: str, path: str, query: str, headers: Json, digest: str
+    ) -> Json:
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stamp = {"host": self.host, "x-amz-content-sha256": digest, "x-amz-date": now}
+        headers = dict(sorted({**headers, **stamp}.items()))
+        signed = self._signature(method, path, query, headers, digest, now)
+        headers["authorization"] = (
+            f"{S3_ALGORITHM} Credential={self.config.aws_access_key}/"
+            f"{self._scope(now)}, SignedHeaders={';'.join(headers)}, Signature={signed}"
+        )
+        return headers
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: str = "",
+        headers: Json | None = None,
+        digest: str = "",
+        body: Any = None,
+    ) -> None:
+        """One request; again where the fault is the other side's.  Raises OSError."""
+        digest = digest or hashlib.sha256().hexdigest()
+        url = f"{self.base}{path}{'?' if query else ''}{query}"
+        for wait in (*S3_WAITS, None):
+            if body:
+                body.seek(0)
+            sent = self._authorized(method, path, query, headers or {}, digest)
+            request = urllib.request.Request(url, body, sent, method=method)
+            try:
+                urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT).close()
+                return
+            except urllib.error.HTTPError as error:
+                with error:
+                    refusal = S3Refused(self.config, error.code, error.read(4000))
+            except OSError as error:
+                reason = getattr(error, "reason", error)
+                refusal = S3Refused(self.config, 500, b"", f"{self.base}: {reason}")
+            if wait is None or refusal.status < 500:
+                raise refusal
+            time.sleep(wait)
+
+
+class S3Refused(OSError):
+    """What S3 has against a request, by the name of the key to look at.
+
+    status: of HTTP, 500 where there was no answer; code: S3's own word, or ""."""
+
+    KEYS = {
+        "InvalidAccessKeyId": "aws_access_key",
+        "SignatureDoesNotMatch": "aws_secret_key",
+        "NoSuchBucket": "s3_bucket",
+        "InvalidBucketName": "s3_bucket",
+        "AuthorizationHeaderMalformed": "s3_region",
+        "PermanentRedirect": "s3_region",
+        "AccessControlListNotSupported": "s3_authentication",
+        "RequestTimeTooSkewed": "this machine's clock",
+    }
+
+    def __init__(
+        self, config: Config, status: int, body: bytes, said: str = ""
+    ) -> None:
+        text = body.decode("utf-8", "replace")
+        code = re.search(r"<Code>([^<]*)</Code>", text)
+        message = re.search(r"<Message>([^<]*)</Message>", text)
+        self.status = status
+        self.code = code[1] if code else ""
+        key = self.KEYS.get(self.code, "s3_endpoint" if said else "s3_bucket")
+        value = getattr(config, key, None)
+        if value and key != "aws_secret_key":
+            key = f"{key} = {value}"
+        said = said or f"S3 answered {status} {self.code}".strip()
+        said += f": {message[1]}" if message else ""
+        super().__init__(errno.EIO, f"{key}: {said}")
+
+
+STORES: dict[str, type[AssetStore]] = {"filesystem": FilesystemStore, "s3": S3Store}
 
 
 def file_url(path: str) -> str:
@@ -1241,29 +1461,9 @@ class ExecutableAction(Action):
             stdin, stdout = self._unnamed_file(), self._unnamed_file()
             write_all(stdin, json.dumps(request).encode())
             os.lseek(stdin, 0, os.SEEK_SET)
-            errors_from = os.lseek(2, 0, os.SEEK_END)
-            pid = os.posix_spawn(
-                self.path,
-                [self.path, stage],
-                os.environ,
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, stdin, 0),
-                    (os.POSIX_SPAWN_DUP2, stdout, 1),
-                ],
-                # Python ignores these, and the program should not.
-                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
-            )
-            status = os.waitpid(pid, 0)[1]
         except OSError as error:
-            hint = " (it needs a first line such as #!/bin/sh)"
-            hint = hint if error.errno == errno.ENOEXEC else ""
-            raise ActionFailed(
-                f"can't start {self.path}: {error.strerror}{hint}"
-            ) from None
-        if status:
-            how = describe_end(status)
-            errors = printed_since(errors_from)
-            raise ActionFailed(f"{errors or os.path.basename(self.path)} ({how})")
+            raise ActionFailed(f"can't start {self.path}: {error.strerror}") from None
+        run_program([self.path, stage], [(0, stdin), (1, stdout)])
         return self._result(stdout)
 
     def process(self) -> Any:
@@ -1289,6 +1489,47 @@ class ExecutableAction(Action):
             return strict_json(output)
         except ValueError:
             return output.rstrip("\n")
+
+
+def run_program(
+    command: list[str], descriptors: Iterable[tuple[int, int]] = ()
+) -> None:
+    """Run *command*, which begins with a path, and wait for its end.
+
+    descriptors: which number it is to have, and which it has here.  Raises
+    ActionFailed, with the last lines that it printed."""
+    errors_from = os.lseek(2, 0, os.SEEK_END)
+    try:
+        pid = os.posix_spawn(
+            command[0],
+            command,
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, ours, its) for its, ours in descriptors
+            ],
+            # Python ignores these, and the program should not.
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+        )
+        status = os.waitpid(pid, 0)[1]
+    except OSError as error:
+        hint = " (it needs a first line such as #!/bin/sh)"
+        hint = hint if error.errno == errno.ENOEXEC else ""
+        raise ActionFailed(
+            f"can't start {command[0]}: {error.strerror}{hint}"
+        ) from None
+    if status:
+        how = describe_end(status)
+        errors = printed_since(errors_from)
+        raise ActionFailed(f"{errors or os.path.basename(command[0])} ({how})")
+
+
+def program_path(name: str) -> str | None:
+    """Where the program *name* is, as a shell would find it; None: nowhere."""
+    for directory in os.get_exec_path():
+        path = os.path.join(directory, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
 
 
 def describe_end(wait_status: int) -> str:
@@ -1351,7 +1592,179 @@ class WordCount(Action):
         return sum(self.input)
 
 
-BUILT_IN_ACTIONS: dict[str, type[Action]] = {"word_count": WordCount}
+class ProgramAction(Action):
+    """A built-in action that is there where the programs are that it *needs*."""
+
+    needs: tuple[str, ...] = ()
+
+    def program(self, name: str, *arguments: str, options: Any = "") -> None:
+        """Run a program in the work directory.  *options*, a job's, are split as a
+        shell splits words, and no shell sees them.  Raises ActionFailed."""
+        import shlex
+
+        path = program_path(name)
+        if path is None:
+            raise ActionFailed(f"{name} is not installed (any more)")
+        try:
+            words = shlex.split(options or "")
+        except (ValueError, AttributeError) as error:
+            raise ActionFailed(f"options {options!r}: {error}") from None
+        head, *rest = arguments
+        run_program([path, head, *words, *rest])
+
+    def listed(self, key: str, *keys: str) -> list[Json]:
+        """The job's option *key*: a list of objects that have *keys*, each a word,
+        for names of files and programs are made of them.  Raises ActionFailed."""
+        items = self.options.get(key, [])
+        if not isinstance(items, list):
+            raise ActionFailed(f"the option {key} is not a list")
+        for item in items:
+            for name in keys:
+                value = item.get(name) if isinstance(item, dict) else None
+                if not isinstance(value, str) or not re.fullmatch(r"[\w-]+", value):
+                    raise ActionFailed(
+                        f"the option {key}: each needs {', '.join(keys)}, of letters, "
+                        f"digits, _ and -: {to_json(item)[:200]}"
+                    )
+        return items
+
+
+class GraphicsMagick(ProgramAction):
+    """CloudCrowd's: GraphicsMagick's commands on one image.
+
+    Option steps: a list of objects with name, command (convert, say), options (of the
+    command), extension, and, if not the image itself, input: an earlier step's name."""
+
+    needs = ("gm",)
+
+    def process(self) -> dict[str, str]:
+        """The URLs of the steps' results, by name."""
+        if not self.input_path:
+            raise ActionFailed("the input is no URL of an image")
+        made, urls = {None: self.input_path}, {}
+        for step in self.listed("steps", "name", "command", "extension"):
+            source = made.get(step.get("input"))
+            if source is None:
+                raise ActionFailed(
+                    f"the step {step['name']}: its input {step['input']} is no earlier "
+                    "step"
+                )
+            path = f"{self.file_name}_{step['name']}.{step['extension']}"
+            path = os.path.join(self.work_directory, path)
+            self.program(
+                "gm", step["command"], source, path, options=step.get("options")
+            )
+            made[step["name"]] = path
+            urls[step["name"]] = self.save(path)
+        return urls
+
+
+class ProcessPdfs(ProgramAction):
+    """CloudCrowd's: pictures and text of each page of PDFs, in one tar archive.
+
+    Options: batch_size, pages of a unit, 10 if not given; images, a list of objects
+    with name, extension and options (of gm convert)."""
+
+    needs = ("gm", "gs", "pdftk", "pdftotext")  # gm has gs draw PDFs
+
+    def split(self) -> list[str]:
+        """The pages, in archives of batch_size."""
+        size = self.options.get("batch_size", 10)
+        if not isinstance(size, int) or size < 1:
+            raise ActionFailed(f"batch_size is no number from 1: {to_json(size)}")
+        if not self.input_path:
+            raise ActionFailed("the input is no URL of a PDF")
+        self.program("pdftk", self.input_path, "burst", "output", "%05d.part")
+        parts = sorted(name for name in os.listdir() if name.endswith(".part"))
+        pages = [f"{self.file_name}_{part[:-5]}.pdf" for part in parts]
+        for part, page in zip(parts, pages):
+            # Once more: pdftk burst leaves the references of the whole in each page.
+            self.program("pdftk", part, "output", page)
+            os.unlink(part)
+        batches = []
+        for start in range(0, len(pages), size):
+            name = f"{start // size:05d}.tar"
+            pack(name, pages[start : start + size])
+            batches.append(self.save(name))
+        return batches
+
+    def process(self) -> str:
+        """The pictures and the text of a batch, as an archive."""
+        images = self.listed("images", "name", "extension")
+        archive = self.input_path or ""
+        pages = unpack(archive)
+        os.unlink(archive)
+        for page in pages:
+            name = page[: -len(".pdf")]
+            for image in images:
+                picture = f"{name}_{image['name']}.{image['extension']}"
+                options = image.get("options")
+                self.program("gm", "convert", page, picture, options=options)
+            self.program(
+                "pdftotext", "-enc", "UTF-8", "-layout", "-q", page, f"{name}.txt"
+            )
+            os.unlink(page)
+        path = f"{self.file_name}.tar"
+        pack(path, sorted(os.listdir()))
+        return self.save(path)
+
+    def merge(self) -> str:
+        """NAME/text/pages, NAME/text/full and NAME/images/IMAGE of each PDF."""
+        for place, url in enumerate(self.input):
+            archive = self.download(url, f"{place}.tar")
+            unpack(archive)
+            os.unlink(archive)
+        for name in sorted(os.listdir()):  # in the order of pages
+            pdf, number, image, extension = re.fullmatch(
+                r"(.*)_(\d{5,})(?:_([\w-]+))?(\.[\w-]+)", name
+            ).groups()  # type: ignore[union-attr]
+            if image:
+                directory = os.path.join(pdf, "images", image)
+                os.makedirs(directory, exist_ok=True)
+                os.rename(name, os.path.join(directory, f"{pdf}_{number}{extension}"))
+                continue
+            for kind in ("pages", "full"):
+                os.makedirs(os.path.join(pdf, "text", kind), exist_ok=True)
+            with open(os.path.join(pdf, "text", "full", f"{pdf}.txt"), "ab") as file:
+                file.write(read_file(name))
+            os.rename(name, os.path.join(pdf, "text", "pages", name))
+        pack("processed_pdfs.tar", sorted(os.listdir()))
+        return self.save("processed_pdfs.tar")
+
+
+def pack(path: str, names: list[str]) -> None:
+    """Make an archive of files and directories, compressed though its name is .tar:
+    as CloudCrowd does it."""
+    import tarfile
+
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            archive.add(name)
+
+
+def unpack(path: str) -> list[str]:
+    """Write the archive's files into the current directory; returns their names.
+
+    Nothing but files, and by their last names: it may come from anywhere."""
+    import shutil
+    import tarfile
+
+    names = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            source = archive.extractfile(member) if member.isfile() else None
+            if source:
+                names.append(os.path.basename(member.name))
+                with open(names[-1], "wb") as target:
+                    shutil.copyfileobj(source, target, READ_SIZE)
+    return names
+
+
+BUILT_IN_ACTIONS: dict[str, type[Action]] = {
+    "word_count": WordCount,
+    "graphics_magick": GraphicsMagick,
+    "process_pdfs": ProcessPdfs,
+}
 
 
 class ActionLoader:
@@ -1387,15 +1800,29 @@ class ActionLoader:
                 origin[name] = path
                 self.actions[name] = action
         if not self.config.disable_default_actions:
-            self.actions = {**BUILT_IN_ACTIONS, **self.actions}
+            self.actions = {**self._built_in(), **self.actions}
         for name in self.config.disabled_actions:
-            if self.actions.pop(name, None) is None:
+            if self.actions.pop(name, None) is None and name not in BUILT_IN_ACTIONS:
                 self._warn(f"disabled_actions: there is no action {name}")
         for name in set(self.config.actions) - set(self.actions):
             self._warn(f"[action {name}]: there is no action {name}")
         for name, action in self.actions.items():
             action._name = name
         return self.actions
+
+    def _built_in(self) -> dict[str, type[Action]]:
+        """Those whose programs are here; of the others it is said, if not loudly."""
+        found = {}
+        for name, action in BUILT_IN_ACTIONS.items():
+            needs = getattr(action, "needs", ())
+            missing = [program for program in needs if not program_path(program)]
+            if not missing:
+                found[name] = action
+            elif name not in {*self.actions, *self.config.disabled_actions}:
+                names = ", ".join(missing)
+                sentence = f"the action {name} is left out: not installed: {names}"
+                self.problems.append(("info", sentence))
+        return found
 
     def _error(self, sentence: str) -> None:
         self.problems.append(("error", sentence))
@@ -1439,7 +1866,7 @@ class ActionLoader:
         try:
             action = self._load_module(name, path)
         except (Exception, SystemExit) as error:
-            where = last_line_in(error, path)
+            where = own_frames(error, path)
             self._error(f"{path} is left out: {type(error).__name__}: {error}{where}")
             action = None
         for thread in sorted(running_threads() - before):
@@ -1487,14 +1914,17 @@ def running_threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread is not first}
 
 
-def last_line_in(error: BaseException, path: str) -> str:
-    """Where in the file at *path* the *error* came up, for a person."""
-    line, traceback = 0, error.__traceback__
+def own_frames(error: BaseException, path: str) -> str:
+    """The traceback of *error*, for a person: what of it is in the directory of the
+    action's file, *path*, from the outermost call to the innermost."""
+    frames, traceback = [], error.__traceback__
     while traceback:
-        if traceback.tb_frame.f_code.co_filename == path:
-            line = traceback.tb_lineno
+        code = traceback.tb_frame.f_code
+        directory, name = os.path.split(code.co_filename)
+        if directory == os.path.dirname(path):
+            frames.append(f"{name}, line {traceback.tb_lineno}, in {code.co_name}")
         traceback = traceback.tb_next
-    return f" ({os.path.basename(path)}, line {line})" if line else ""
+    return f" ({'; '.join(frames[-OWN_FRAMES:])})" if frames and path else ""
 
 
 # ---------------------------------------------------------------------------
@@ -1686,7 +2116,7 @@ class Worker:
             return str(error)
         sys.excepthook(type(error), error, error.__traceback__)
         module = sys.modules.get(self.action.__module__) if self.action else None
-        where = last_line_in(error, getattr(module, "__file__", None) or "")
+        where = own_frames(error, getattr(module, "__file__", None) or "")
         if isinstance(error, MemoryError) and self.limits.memory:
             where += f"; memory_limit is {self.limits.memory:g} MB"
         return f"{type(error).__name__}: {error}{where}"
@@ -2073,6 +2503,7 @@ class Central:
         self.port = port
         self.dialect = None if config.dialect == "auto" else config.dialect
         self.checked_in: float | None = None  # monotonic
+        self.answered: float | None = None  # monotonic: when it last took a call
         self.error: str | None = None  # of the last call that failed, until one works
         # Without a proxy of the environment: central is a neighbour.
         no_proxy = urllib.request.ProxyHandler({})
@@ -2125,9 +2556,10 @@ class Central:
         ]
         self._call("PUT", f"/work/{unit.id}", fields, self.config.report_timeout)
 
-    def heartbeat(self) -> None:
-        """Ask whether central is there."""
-        self._call("GET", "/heartbeat", None, self.config.central_timeout)
+    def heartbeat(self) -> tuple[bytes, str | None]:
+        """Ask whether central is there: the beginning of what it says, and its time,
+        as a header Date has it, if it tells."""
+        return self._call("GET", "/heartbeat", None, self.config.central_timeout)
 
     def _dialects(self) -> list[str]:
         if self.config.dialect != "auto":
@@ -2153,18 +2585,22 @@ class Central:
 
     def _call(
         self, method: str, path: str, fields: Fields | None, timeout: float
-    ) -> None:
+    ) -> tuple[bytes, str | None]:
         data = form_encoded(fields) if fields else None
         url = self.config.central_server + path
         request = urllib.request.Request(url, data, self._headers, method=method)
         try:
-            # The status says all: a 2xx was taken, whatever becomes of its body.
-            self._opener.open(request, timeout=timeout).close()
+            with self._opener.open(request, timeout=timeout) as reply:
+                # The status says all: a 2xx was taken, whatever becomes of its body.
+                body = reply.read(100) if method == "GET" else b""
+                date = reply.headers["Date"]
         except Exception as error:
             failure = self._failure(error)
             self.error = str(failure)
             raise failure from None
+        self.answered = time.monotonic()
         self.error = None
+        return body, date
 
     def _failure(self, error: Exception) -> CentralError:
         """What *error* means, in words for a person."""
@@ -2188,6 +2624,37 @@ class Central:
         return CentralError(f"{type(error).__name__}: {error}")
 
 
+def send_at_once(connection: Any, request: urllib.request.Request) -> None:
+    """Connect an http.client.HTTPConnection and send *request*.  Raises URLError."""
+    lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
+    for name, value in [*request.header_items(), ("Connection", "close")]:
+        lines.append(f"{name.title()}: {value}")
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    data: bytes = request.data or b""  # type: ignore[assignment]
+    is_small = len(data) < READ_SIZE
+    try:
+        connection.connect()
+        connection.sock.sendall(head + data if is_small else head)
+        if not is_small:
+            connection.sock.sendall(data)
+    except OSError as error:
+        connection.close()
+        raise urllib.error.URLError(error) from None
+
+
+def read_status(reply: Any) -> None:
+    """Read the first line of an http.client.HTTPResponse.  Raises URLError."""
+    line = reply.fp.readline(LINE_LIMIT)
+    match = re.fullmatch(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n", line)
+    if not match:
+        said = (
+            f"does not speak HTTP: {line[:50]!r}" if line else "closed the connection"
+        )
+        raise urllib.error.URLError(f"it {said}")
+    reply.code = reply.status = int(match[1])
+    reply.reason = (match[2] or b"").decode("latin-1")
+
+
 def status_reader() -> urllib.request.BaseHandler:
     """What has urllib.request send a request at once, and read of a 2xx only that it
     is one.
@@ -2197,13 +2664,14 @@ def status_reader() -> urllib.request.BaseHandler:
     from http import client
 
     class Reply(client.HTTPResponse):
+        is_wanted = False  # somebody reads more of it than the status
+
         def begin(self) -> None:
-            line = self.fp.readline(LINE_LIMIT)
-            match = re.fullmatch(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n", line)
-            if not match:
-                raise client.BadStatusLine(line.decode("latin-1") or "no answer")
-            self.code = self.status = int(match[1])
-            self.reason = (match[2] or b"").decode("latin-1")
+            if self.is_wanted:
+                super().begin()
+                self.msg = self.reason  # type: ignore[assignment]
+                return
+            read_status(self)
             is_success = 200 <= self.status < 300
             self.headers = client.HTTPMessage()
             if not is_success:
@@ -2215,22 +2683,10 @@ def status_reader() -> urllib.request.BaseHandler:
     class Reader(urllib.request.HTTPHandler):
         def http_open(self, request: urllib.request.Request) -> client.HTTPResponse:
             connection = client.HTTPConnection(request.host, timeout=request.timeout)
-            lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
-            for name, value in [*request.header_items(), ("Connection", "close")]:
-                lines.append(f"{name.title()}: {value}")
-            head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-            data: bytes = request.data or b""  # type: ignore[assignment]
-            is_small = len(data) < READ_SIZE
-            try:
-                connection.connect()
-                connection.sock.sendall(head + data if is_small else head)
-                if not is_small:
-                    connection.sock.sendall(data)
-            except OSError as error:
-                connection.close()
-                raise urllib.error.URLError(error) from None
+            send_at_once(connection, request)
             reply = Reply(connection.sock, method=request.get_method())
             connection.close()  # the reply has a file of its socket
+            reply.is_wanted = request.get_method() == "GET"
             try:
                 reply.begin()
             except BaseException:
@@ -2501,6 +2957,7 @@ class Overload:
         self.over: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._reasons = {"starting": "the node is starting"}  # by kind
+        self._since = time.monotonic()
         self._reminded = 0.0
 
     def __bool__(self) -> bool:
@@ -2511,6 +2968,11 @@ class Overload:
         """All reasons in one line; None where work is taken."""
         return "; ".join(list(self._reasons.values())) or None
 
+    @property
+    def seconds(self) -> float | None:
+        """How long work has been refused; None where it is taken."""
+        return time.monotonic() - self._since if self else None
+
     def has(self, kind: str) -> bool:
         """Does the reason *kind* hold?"""
         return kind in self._reasons
@@ -2519,6 +2981,8 @@ class Overload:
         """Refuse work for *reason*; said once for each kind."""
         with self._lock:
             new = kind not in self._reasons
+            if not self._reasons:
+                self._since = time.monotonic()
             self._reasons[kind] = reason
             if new:
                 self._reminded = time.monotonic()
@@ -2775,9 +3239,22 @@ def sweep_all(temp_storage_path: str) -> None:
 
 
 UNWATCHED = "the worker died while nobody watched it"
-COUNTS = (
-    "accepted", "refused", "succeeded", "failed", "died", "timed_out", "reported"
-)  # fmt: skip
+OUTCOMES = ("succeeded", "failed", "died", "timed_out")
+COUNTS = ("accepted", "refused", *OUTCOMES, "reported")
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
+
+
+class Histogram:
+    """How long units took: how many up to each of BUCKETS, and the seconds in all."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a unit that took *seconds*."""
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
 
 
 class Unit:
@@ -2858,6 +3335,8 @@ class Units:
         self.active: dict[Unit, None] = {}  # those that have not ended, in order
         self.counts = dict.fromkeys(COUNTS, 0)
         self.foreign: set[str] = set()  # records of other versions, which were said
+        self.recent: deque[Json] = deque(maxlen=RECENT)  # what ended last
+        self.durations: dict[tuple[str, str], Histogram] = {}  # by action and stage
         self.changed = threading.Condition(threading.RLock())
 
     # What the routes ask for.
@@ -2910,16 +3389,36 @@ class Units:
         with self.changed:
             self.counts[kind] += 1
 
+    def _note(self, entry: Unit, kind: str, seconds: float, output: bytes) -> None:
+        """Remember an outcome for the page and the metrics.
+
+        Not by any name that comes: each makes a series that Prometheus keeps."""
+        reason = "" if kind == "succeeded" else str(json.loads(output)["output"])
+        known = entry.action in self.node.enabled_actions
+        key = entry.action if known else "unknown", entry.stage
+        with self.changed:
+            self.counts[kind] += 1
+            self.durations.setdefault(key, Histogram()).add(seconds)
+            self.recent.appendleft(
+                {
+                    **entry.status(),
+                    "seconds": seconds,
+                    "how": kind,
+                    "reason": reason.strip().partition("\n")[0][:MESSAGE_TAIL],
+                    "at": time.time(),
+                }
+            )
+
+    def waiting(self) -> list[Unit]:
+        """The units that have ended and wait for central to take their outcome."""
+        with self.changed:
+            units = list(self.by_name.values())
+        return [unit for unit in units if unit.state == "ended" and not unit.withdrawn]
+
     def running(self) -> list[Unit]:
         """The units whose workers live, the oldest first."""
         with self.changed:
             return [unit for unit in self.active if unit.state == "running"]
-
-    def unreported(self) -> int:
-        """How many units have ended and wait for central to take their outcome."""
-        with self.changed:
-            units = self.by_name.values()
-            return sum(unit.state == "ended" and not unit.withdrawn for unit in units)
 
     def _enter(
         self, name: str, unit: Json, digest: str, deadline: float
@@ -3088,7 +3587,7 @@ class Units:
                 return
         if not entry.told:
             entry.told = True
-            self.tally(kind)
+            self._note(entry, kind, float(seconds), output)
             self._log_outcome(entry, kind, seconds, output)
         try:
             self.node.central.report(entry, status, seconds, output)
@@ -3327,7 +3826,306 @@ class Units:
 
 
 # ---------------------------------------------------------------------------
-# Node, part three: the routes.  Knows HTTP; what a route is about it asks the node.
+# Node, part three: what it shows.  Metrics and the page are drawn from the status
+# document; this part knows nothing of units, threads or HTTP.
+# ---------------------------------------------------------------------------
+
+
+class History:
+    """The last hour, a minute each: load average, MB of free memory, units ended."""
+
+    def __init__(self) -> None:
+        self.minutes: deque[tuple[float | None, float | None, float]]
+        self.minutes = deque(maxlen=60)
+        self._began, self._ended = time.monotonic(), 0
+
+    def note(self, load: float | None, memory: float | None, ended: int) -> None:
+        """One tick of the monitor; *ended*: units that have ended so far."""
+        minutes = (time.monotonic() - self._began) / MINUTE
+        if minutes >= 1:
+            self.minutes.append((load, memory, (ended - self._ended) / minutes))
+            self._began, self._ended = time.monotonic(), ended
+
+
+def single_values(status: Json) -> list[tuple[str, str, str, float | None]]:
+    """Name, kind, help and value of the metrics that are one number each."""
+    central, counts, megabyte = status["central"], status["counts"], MEGABYTE
+    free = status["free_memory"]
+    return [
+        ("uptime_seconds", "gauge", "Since the node's start.", status["uptime"]),
+        ("overloaded", "gauge", "1 where work is refused.", int(status["overloaded"])),
+        ("load_average", "gauge", "Of one minute.", status["load_average"]),
+        ("free_memory_bytes", "gauge", "Memory that nothing uses.",
+         free and free * megabyte),
+        ("max_workers", "gauge", "Units at once; 0: no limit.", status["max_workers"]),
+        ("units_running", "gauge", "Units that run.", len(status["running"])),
+        ("units_unreported", "gauge", "Units whose outcome central has not taken.",
+         status["unreported"]),
+        ("central_failing", "gauge", "1 where the last call to central failed.",
+         int(central["error"] is not None)),
+        ("check_in_age_seconds", "gauge", "Since the last check-in.",
+         central["checked_in_ago"]),
+        ("fork_server_restarts_total", "counter", "Fork servers that were replaced.",
+         status["fork_server"]["restarts"]),
+        ("units_accepted_total", "counter", "Units taken.", counts["accepted"]),
+        ("units_refused_total", "counter", "Units refused.", counts["refused"]),
+        ("units_reported_total", "counter", "Outcomes that central has taken.",
+         counts["reported"]),
+    ]  # fmt: skip
+
+
+def metrics_text(status: Json, durations: dict[tuple[str, str], Histogram]) -> str:
+    """The status document as Prometheus has it, text format 0.0.4.
+
+    Source of the form and of the names' endings: prometheus.io/docs/instrumenting."""
+    lines = metric("info", "gauge", "The node, in its labels.")
+    lines.append(sample("info", 1, version=status["version"], host=status["host"]))
+    for name, kind, text, value in single_values(status):
+        if value is not None:  # unknown: no sample says so best
+            lines += [*metric(name, kind, text), sample(name, value)]
+    lines += metric("units_total", "counter", "Units that ended, by outcome.")
+    lines += [
+        sample("units_total", status["counts"][kind], outcome=kind) for kind in OUTCOMES
+    ]
+    lines += metric("unit_seconds", "histogram", "How long units took.")
+    for (action, stage), histogram in sorted(durations.items()):
+        total = 0
+        for bound, count in zip([*BUCKETS, "+Inf"], histogram.counts):
+            total += count
+            name, le = "unit_seconds_bucket", str(bound)
+            lines.append(sample(name, total, action=action, stage=stage, le=le))
+        for name, value in (("sum", histogram.sum), ("count", total)):
+            name = f"unit_seconds_{name}"
+            lines.append(sample(name, value, action=action, stage=stage))
+    return "\n".join(lines) + "\n"
+
+
+def metric(name: str, kind: str, text: str) -> list[str]:
+    """The lines before the samples of a metric."""
+    return [f"# HELP crowdnode_{name} {text}", f"# TYPE crowdnode_{name} {kind}"]
+
+
+def sample(name: str, value: float, **labels: str) -> str:
+    """The line of one value."""
+    escaped = (
+        (key, text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"))
+        for key, text in labels.items()
+    )
+    inside = ",".join(f'{key}="{text}"' for key, text in escaped)
+    return f"crowdnode_{name}{f'{{{inside}}}' if inside else ''} {value}"
+
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; --dim: #6a737d; --bad: #b3261e; --line: #8884 }
+@media (prefers-color-scheme: dark) { :root { --dim: #9aa4ae; --bad: #ff8a80 } }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto;
+  padding: 1rem }
+h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem }
+small, th, .none { color: var(--dim); font-weight: normal }
+.bad { color: var(--bad) } .stale main { opacity: .5 }
+section { overflow-x: auto } table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line); white-space: nowrap }
+td:nth-child(2), td:last-child { white-space: normal; overflow-wrap: anywhere;
+  min-width: 6rem }
+dl { display: grid; grid-template-columns: 7rem 1fr; gap: .15rem .8rem; margin: 1rem 0 }
+dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }
+meter { width: 6rem } figure { margin: 0 0 .8rem } figcaption { color: var(--dim) }
+svg { width: 100%; height: 4.5rem; background: var(--line); display: block }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
+svg line { stroke: var(--bad); stroke-dasharray: 4 }
+polyline, svg line { vector-effect: non-scaling-stroke }
+"""
+PAGE_SCRIPT = """
+setInterval(async () => {
+  try {
+    const answer = await fetch(location.href, { cache: "no-store" });
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    document.querySelector("main").replaceWith(fresh.querySelector("main"));
+    document.body.className = "";
+  } catch { document.body.className = "stale"; }
+}, 5000);
+"""
+
+
+def page_policy() -> str:
+    """The header that lets a browser do no more than the page needs."""
+
+    def digest(text: str) -> str:
+        hashed = hashlib.sha256(text.encode()).digest()
+        return f"'sha256-{base64.b64encode(hashed).decode()}'"
+
+    return (
+        "Content-Security-Policy: default-src 'none'; img-src data:; connect-src "
+        f"'self'; style-src {digest(PAGE_STYLE)}; script-src {digest(PAGE_SCRIPT)}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+        "Cache-Control: no-store\r\n"
+    )
+
+
+def draw_page(status: Json, details: Json) -> str:
+    """GET /: one document that says everything without JavaScript."""
+    name = html.escape(f"{status['host']}:{status['port']}")
+    tag = f" <small>{html.escape(details['tag'])}</small>" if details["tag"] else ""
+    about = f"crowdnode {status['version']}, up {ago(status['uptime'])}, process "
+    body = [
+        f"<h1>{name}{tag}</h1><small>{about}{status['pid']}</small>",
+        draw_facts(status, details),
+        draw_units("Running", status["running"], details["time_limits"]),
+        draw_units(
+            f"Waiting for central ({status['unreported']})", details["waiting"], {}
+        ),
+        draw_history(details),
+        draw_recent(details["recent"]),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{name}</title><link rel="icon" href="data:,">'
+        '<noscript><meta http-equiv="refresh" content="10"></noscript>'
+        f"<style>{PAGE_STYLE}</style></head>\n<body><main>{''.join(body)}</main>"
+        f"<script>{PAGE_SCRIPT}</script></body></html>\n"
+    )
+
+
+def ago(seconds: float | None) -> str:
+    """A length of time, for people."""
+    if seconds is None:
+        return "never"
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def draw_facts(status: Json, details: Json) -> str:
+    """The list at the top: central, work, load, memory, counts."""
+    central, counts = status["central"], status["counts"]
+    answered = details["answered_ago"]
+    when = f"answered {ago(answered)} ago" if answered is not None else "never answered"
+    work = "taken"
+    if status["overloaded"]:
+        work = f"refused for {ago(details['refused_for'])}: {status['reason']}"
+    rows = (
+        ("Work", work, status["overloaded"]),
+        ("Central", f"{central['url']}, {when}", False),
+        ("", central["error"], True),
+        ("Load", measured(status["load_average"], "", "max", details["max_load"]),
+         False),
+        ("Free memory", measured(
+            status["free_memory"], " MB", "min", details["min_free_memory"]), False),
+        ("Available", measured(
+            details["available_memory"], " MB", "min",
+            details["min_available_memory"]), False),
+        ("Workers", f"{len(status['running'])} of at most "
+         f"{status['max_workers'] or 'any number'}", False),
+        ("Units", ", ".join(f"{count} {kind.replace('_', ' ')}"
+                            for kind, count in counts.items()), False),
+        ("Actions", ", ".join(status["actions"]), False),
+    )  # fmt: skip
+    return "<dl>{}</dl>".format(
+        "".join(
+            f"<dt>{title}</dt><dd{' class=bad' if is_bad else ''}>"
+            f"{html.escape(str(text))}</dd>"
+            for title, text, is_bad in rows
+            if text
+        )
+    )
+
+
+def measured(now: float | None, unit: str, word: str, limit: float | None) -> str:
+    """A value, and its limit where there is one."""
+    text = "unknown" if now is None else f"{now:.2f}" if not unit else f"{now:.0f}"
+    return text + unit * (now is not None) + (f", {word} {limit:g}" if limit else "")
+
+
+def draw_table(title: str, heads: str, rows: list[list[str]]) -> str:
+    """A table; *heads*: apart by blanks; each cell is HTML."""
+    if not rows:
+        return f"<h2>{title}</h2><p class=none>none</p>"
+    head = "".join(f"<th>{word}</th>" for word in heads.split())
+    lines = "".join(
+        "<tr>{}</tr>".format("".join(f"<td>{cell}</td>" for cell in row))
+        for row in rows
+    )
+    return f"<h2>{title}</h2><section><table><tr>{head}</tr>{lines}</table></section>"
+
+
+def unit_cells(unit: Json) -> list[str]:
+    """What each table of units begins with."""
+    return [html.escape(str(unit[key])) for key in ("id", "action", "stage", "pid")]
+
+
+def draw_units(title: str, units: list[Json], limits: dict[str, float | None]) -> str:
+    """Units that run or wait, with a bar against their time limits."""
+    rows = []
+    for unit in units:
+        limit, seconds = limits.get(unit["action"]), unit["seconds"]
+        bar = f'<meter max="{limit:g}" value="{seconds:g}"></meter>' if limit else ""
+        rows.append([*unit_cells(unit), ago(seconds), bar])
+    return draw_table(title, "unit action stage pid since limit", rows)
+
+
+def draw_recent(units: list[Json]) -> str:
+    """What ended last, the latest first."""
+    rows = []
+    for unit in units:
+        how = unit["how"].replace("_", " ")
+        how = html.escape(f"{how}: {unit['reason']}" if unit["reason"] else how)
+        if unit["how"] != "succeeded":
+            how = f"<span class=bad>{how}</span>"
+        at = time.strftime("%H:%M:%S", time.localtime(unit["at"]))
+        rows.append([*unit_cells(unit)[:3], at, ago(unit["seconds"]), how])
+    return draw_table("Ended last", "unit action stage at took how", rows)
+
+
+def draw_history(details: Json) -> str:
+    """The last hour as plots."""
+    plots = "".join(
+        draw_plot(title, [minute[column] for minute in details["history"]], limit)
+        for column, (title, limit) in enumerate(
+            (
+                ("load average", details["max_load"]),
+                ("free memory, MB", details["min_free_memory"]),
+                ("units a minute", None),
+            )
+        )
+    )
+    return f"<h2>The last hour</h2>{plots}"
+
+
+def brief(value: float) -> str:
+    """A number without more digits than anybody reads."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw_plot(title: str, values: list[float | None], limit: float | None) -> str:
+    """One plot of an hour, a minute a point, the latest on the right."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return f"<figure><figcaption>{title}: nothing yet</figcaption></figure>"
+    top = max(*known, limit or 0, 1e-9) * 1.05
+    start = 60 - len(values)
+    points = " ".join(
+        f"{start + place},{100 - 100 * value / top:.1f}"
+        for place, value in enumerate(values)
+        if value is not None
+    )
+    height = 100 - 100 * (limit or 0) / top
+    line = (
+        f'<line x1="0" x2="59" y1="{height:.1f}" y2="{height:.1f}"/>' if limit else ""
+    )
+    now, low, high = map(brief, (known[-1], min(known), max(known)))
+    caption = f"{title}: {now} now, {low} to {high}"
+    return (
+        f"<figure><figcaption>{caption}</figcaption>"
+        f'<svg viewBox="0 0 59 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{caption}">{line}<polyline points="{points}"/></svg></figure>'
+    )
+
+
+# ---------------------------------------------------------------------------
+# Node, part four: the routes.  Knows HTTP; what a route is about it asks the node.
 # ---------------------------------------------------------------------------
 
 HTTP_PHRASES = {
@@ -3625,10 +4423,18 @@ class Handler(HandlerBase):
             override = fields.get("_method", override).upper()
             method = override if override in METHODS else method
         if (method, path) == ("GET", "/heartbeat"):
-            self.reply(200, "buh-bump")
+            self.reply(200, HEARTBEAT)
         elif (method, path) == ("GET", "/status"):
             status = json.dumps(self.server.node.status())
             self.reply(200, status, "application/json")
+        elif (method, path) == ("GET", "/metrics"):
+            node = self.server.node
+            metrics = metrics_text(node.status(), node.units.durations)
+            self.reply(200, metrics, "text/plain; version=0.0.4; charset=utf-8")
+        elif (method, path) == ("GET", "/"):
+            node = self.server.node
+            page = draw_page(node.status(), node.details())
+            self.reply(200, page, "text/html; charset=utf-8", page_policy())
         elif (method, path) == ("POST", "/work"):
             self._work(fields)
         else:
@@ -3740,7 +4546,7 @@ def listen(node: Node, listener: int | None) -> NodeServer:
 
 
 # ---------------------------------------------------------------------------
-# Node, part four: its life.  Start, check-in, monitoring, reload, stop.
+# Node, part five: its life.  Start, check-in, monitoring, reload, stop.
 # ---------------------------------------------------------------------------
 
 
@@ -3781,6 +4587,7 @@ class Node:
         self.check_in_loop = Repeater(self.check_in_periodically, CHECK_IN_INTERVAL)
         self.monitor_loop = Repeater(self.monitor_system, MONITOR_INTERVAL)
         self.check_in_backoff = Backoff()
+        self.history = History()
         self.load_average_now: float | None = None
         self.free_memory_now: float | None = None
         self.unknown: set[str] = set()  # what was said to be unknown
@@ -3913,7 +4720,7 @@ class Node:
         if self.is_upgrade:
             return
         deadline = time.monotonic() + RECOVERY_DEADLINE
-        while self.units.unreported() and not self.reporter.central_is_away:
+        while self.units.waiting() and not self.reporter.central_is_away:
             # Not at each report: to count takes as long as they are many.
             time.sleep(0.05)
             if time.monotonic() > deadline:
@@ -4056,6 +4863,8 @@ class Node:
             sweep(unswept.pop())
         self.units.look_for_room()
         self.overloaded()
+        ended = sum(self.units.counts[kind] for kind in OUTCOMES)
+        self.history.note(self.load_average_now, self.free_memory_now, ended)
         self.probe_fork_server()
         self.units.look()
         if self.unclean and not self.units.by_name:
@@ -4149,8 +4958,27 @@ class Node:
                 "restarts": self.restarts,
             },
             "running": [unit.status() for unit in self.units.running()],
-            "unreported": self.units.unreported(),
+            "unreported": len(self.units.waiting()),
             "counts": dict(self.units.counts),
+        }
+
+    def details(self) -> Json:
+        """What GET / shows besides the status: seconds, MB, null where unknown."""
+        config, answered = self.config, self.central.answered
+        return {
+            "tag": config.tag,
+            "answered_ago": answered and time.monotonic() - answered,
+            "refused_for": self.overload.seconds,
+            "max_load": config.max_load,
+            "min_free_memory": config.min_free_memory,
+            "available_memory": self.available_memory(),
+            "min_available_memory": config.min_available_memory,
+            "time_limits": {
+                name: config.limit(name, "time_limit") for name in self.enabled_actions
+            },
+            "recent": list(self.units.recent),
+            "waiting": [unit.status() for unit in self.units.waiting()[:RECENT]],
+            "history": list(self.history.minutes),
         }
 
     # Reload, upgrade and stop.
@@ -4541,15 +5369,26 @@ class LocalRun:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-    def __init__(self, config: Config, action: str, options: Json, quiet: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        action: str,
+        options: Json,
+        arguments: argparse.Namespace,
+    ) -> None:
         loader = ActionLoader(config)
         actions = loader.load()
         if action not in actions:
             problems = "".join(f"\n{sentence}" for _, sentence in loader.problems)
             remedy = nearest(action, sorted(actions)) if actions else "there is none"
             raise UsageError(f"--run {action}: no such action: {remedy}{problems}")
-        self.quiet = quiet
+        self.quiet: bool = arguments.quiet
+        self.fail_fast: bool = arguments.fail_fast
+        self.output: str | None = arguments.output
+        if self.output:
+            check_output(self.output)
         self.action = action
+        self.began = time.monotonic()
         self.directory = tempfile.mkdtemp(prefix="crowdnode-")
         self.config = self._node_config(config)
         stages = stages_of(actions[action])
@@ -4572,9 +5411,24 @@ class LocalRun:
             return EXIT_INTERRUPTED
         finally:
             self._clean_up()
-        is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-        print(json.dumps(self.central.outputs(), ensure_ascii=not is_utf8))
+        if not self.fail_fast or not self.central.failures:
+            self._deliver(self.central.outputs())
         return EXIT_FAILED if self.central.failures else EXIT_OK
+
+    def _deliver(self, outputs: list[Any]) -> None:
+        if self.output is None:
+            is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+            print(json.dumps(outputs, ensure_ascii=not is_utf8))
+            return
+        data = json.dumps(outputs, ensure_ascii=False).encode() + b"\n"
+        try:
+            if os.path.isfile(self.output) or not os.path.exists(self.output):
+                write_file(self.output, data)
+            else:  # a pipe, a device
+                with open(self.output, "wb") as file:
+                    file.write(data)
+        except OSError as error:
+            raise CrowdError(f"--output {self.output}: {error.strerror}") from None
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -4620,6 +5474,8 @@ class LocalRun:
         starts = 0
         while not self.central.finished.wait(0.05 if starts else 0):
             self._show(inputs)
+            if self.fail_fast and self.central.failures:
+                break
             if self.node is None or self.node.poll() is not None:
                 status = self.node.returncode if self.node else 0
                 if starts == 5 or (status > 0 and not self.central.known):
@@ -4635,15 +5491,20 @@ class LocalRun:
             name = inputs[task.place[0]] if task is not central.merged else "merge"
             self._say(f"{name}: {task.reason}", always=True)
             self.told += 1
-        done = central.total - len(central.pending) - len(central.sent)
-        counts = f"{done} of {central.total} done, {len(central.failures)} failed"
+        running, failed = len(central.sent), len(central.failures)
+        done = central.total - len(central.pending) - running
+        counts = f"{done} of {central.total} done, {failed} failed"
         if last:
             if central.failures:
                 self._print_output()
             self._say(counts)
         elif sys.stderr.isatty() and not self.quiet:
-            bar = "#" * (30 * done // max(1, central.total))
-            sys.stderr.write(f"\r\033[K[{bar:<30}] {counts}")
+            bar = "#" * (20 * done // max(1, central.total))
+            rate = done / max(0.001, time.monotonic() - self.began)
+            left = f", {ago((central.total - done) / rate)} left" if rate else ""
+            sys.stderr.write(
+                f"\r\033[K[{bar:<20}] {counts}, {running} running, {rate:.1f}/s{left}"
+            )
             sys.stderr.flush()
 
     def _say(self, sentence: str, always: bool = False) -> None:
@@ -4699,6 +5560,17 @@ def write_config(config: Config, path: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
+
+
+def check_output(path: str) -> None:
+    """Refuse a FILE that can't be written before any work is done for it."""
+    place = path if os.path.exists(path) else os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise UsageError(f"--output {path}: is a directory")
+    if not os.path.exists(place):
+        raise UsageError(f"--output {path}: there is no directory {place}")
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"--output {path}: {place} is not writable")
 
 
 def input_of(argument: str) -> str:
@@ -4848,9 +5720,10 @@ def check_storage(config: Config) -> None:
     try:
         STORES[config.storage](config).check()
     except OSError as error:
+        where = f", local_storage_path = {config.local_storage_path}"
+        where = where if config.storage == "filesystem" else ""
         raise CrowdError(
-            f"storage = {config.storage}, local_storage_path = "
-            f"{config.local_storage_path}: can't be used: {error.strerror}"
+            f"storage = {config.storage}{where}: can't be used: {error.strerror}"
         ) from None
 
 
@@ -4860,6 +5733,15 @@ def state_warnings(config: Config) -> list[str]:
     if os.stat(config.state_path).st_mode & 0o077:
         path = config.state_path
         found.append(f"state_path: others can look into {path}: chmod 700 {path}")
+    if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
+        found.append(f"clock: it stands before the day {PROGRAM} was written")
+    for key in ("state_path", "temp_storage_path", "local_storage_path"):
+        path = os.path.realpath(getattr(config, key))
+        if path.startswith(TEMPORARY_DIRECTORIES):
+            found.append(
+                f"{key}: {path} is in a directory that the system empties now and "
+                "then, of units and results too: choose another"
+            )
     path = config.local_storage_path
     if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
         found.append(
@@ -5197,29 +6079,79 @@ def show_status(config: Config, as_json: bool) -> int:
 
 
 def print_status(status: Json) -> None:
-    """The status document, for people."""
+    """The status document, for people: in colour on a terminal that wants it."""
     central, counts = status["central"], status["counts"]
-    ago = central["checked_in_ago"]
-    rows = {
-        "node": f"{status['host']}:{status['port']}, process {status['pid']}, "
-        f"version {status['version']}, up {status['uptime']:.0f} s",
-        "central": f"{central['url']}, checked in "
-        + (f"{ago:.0f} s ago" if ago is not None else "never")
-        + (f"; {central['error']}" if central["error"] else ""),
-        "actions": ", ".join(status["actions"]),
-        "work": f"refused: {status['reason']}" if status["overloaded"] else "taken",
-        "machine": f"load {status['load_average']}, {status['free_memory']} MB free",
-        "units": ", ".join(f"{count} {kind}" for kind, count in counts.items()),
-        "unreported": str(status["unreported"]),
-        "running": f"{len(status['running'])}, max_workers {status['max_workers']}",
-    }
-    for name, value in rows.items():
-        print(f"{name:<11}{value}")
+    checked_in = central["checked_in_ago"]
+    memory = status["free_memory"]
+    units = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in counts.items())
+    rows = [
+        ("node", f"{status['host']}:{status['port']}, process {status['pid']}, version "
+         f"{status['version']}, up {ago(status['uptime'])}", ""),
+        ("central", f"{central['url']}, checked in {ago(checked_in)}"
+         + (" ago" if checked_in is not None else ""), ""),
+        ("", central["error"], RED),
+        ("work", f"refused: {status['reason']}" if status["overloaded"] else "taken",
+         RED if status["overloaded"] else GREEN),
+        ("load", measured(status["load_average"], "", "", None), ""),
+        ("memory", f"{measured(memory, ' MB', '', None)} free", ""),
+        ("actions", ", ".join(status["actions"]), ""),
+        ("units", units, ""),
+        ("unreported", str(status["unreported"]), YELLOW * bool(status["unreported"])),
+        ("running", f"{len(status['running'])} of at most "
+         f"{status['max_workers'] or 'any number'}", ""),
+    ]  # fmt: skip
     for unit in status["running"]:
-        print(
-            f"{'':<11}unit {unit['id']}  {unit['action']}  {unit['stage']}  "
-            f"process {unit['pid']}  {unit['seconds']:.0f} s"
-        )
+        of = f"unit {unit['id']:<8} {unit['action']:<16} {unit['stage']:<8}"
+        rows.append(("", f"{of} process {unit['pid']:<8} {ago(unit['seconds'])}", ""))
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for name, value, colour in rows:
+        if value and colour and in_colour:
+            value = f"{colour}{value}{PLAIN}"
+        if value:
+            print(f"{name:<11}{value}")
+
+
+STUB_MARK = "# Written by crowdnode.py --stubs"
+STUB = """{mark}: central asks this class for the action's stages.
+class {name} < CloudCrowd::Action
+{methods}
+end
+"""
+
+
+def write_stubs(config: Config, directory: str) -> int:
+    """--stubs: the Ruby class of each action, for central's actions directory.
+
+    What stands there and is not from here is left alone.  Raises CrowdError."""
+    loader = ActionLoader(config)
+    actions = loader.load()
+    for level, sentence in loader.problems:
+        print(f"{level}: {sentence}", file=sys.stderr)
+    status = EXIT_OK
+    try:
+        os.makedirs(directory, exist_ok=True)
+        for name, action in sorted(actions.items()):
+            path = os.path.join(directory, f"{name}.rb")
+            stub = ruby_stub(name, stages_of(action)).encode()
+            old = read_file(path) if os.path.exists(path) else stub
+            if old != stub and not old.startswith(STUB_MARK.encode()):
+                print(f"{path}: is not of --stubs; left alone", file=sys.stderr)
+                status = EXIT_FAILED
+                continue
+            write_file(path, stub)
+            print(path)
+    except OSError as error:
+        raise CrowdError(
+            f"--stubs {directory}: can't write {error.filename}: {error.strerror}"
+        ) from None
+    return status
+
+
+def ruby_stub(name: str, stages: list[str]) -> str:
+    """The class that CloudCrowd's Inflector.camelize looks for, with empty stages."""
+    camel = re.sub(r"(?:^|_)(.)", lambda match: match[1].upper(), name)
+    methods = "".join(f"  def {stage}\n  end\n" for stage in stages)
+    return STUB.format(mark=STUB_MARK, name=camel, methods=methods.rstrip("\n"))
 
 
 def check(config: Config) -> int:
@@ -5238,15 +6170,35 @@ def check(config: Config) -> int:
         lines.append(("error", str(error)))
     problems = host_problems(config)
     lines += problems or [("ok", f"host: {config.host} resolves")]
-    try:
-        Central(config, config.port).heartbeat()
-        lines.append(("ok", f"central: {config.central_server} answers"))
-    except CentralError as error:
-        sentence = f"central: {config.central_server}: {error}"
-        lines.append(("error", sentence))
+    lines += check_central(config)
     for level, sentence in lines:
-        print(f"{level}: {sentence}")
+        print(f"{'ok' if level == 'info' else level}: {sentence}")
     return EXIT_FAILED if "error" in dict(lines) else EXIT_OK
+
+
+def check_central(config: Config) -> list[tuple[str, str]]:
+    """Is what answers as central one, and are the clocks right?"""
+    name = f"central: {config.central_server}"
+    now = time.time()
+    try:
+        body, date = Central(config, config.port).heartbeat()
+    except CentralError as error:
+        return [("error", f"{name}: {error}")]
+    if body.strip() != HEARTBEAT.encode():
+        sentence = (
+            f"{name} answers, but is no CloudCrowd: its heartbeat is not {HEARTBEAT}: "
+            "check central_server, and what stands before it"
+        )
+        return [("error", sentence)]
+    found = [("ok", f"{name} answers")]
+    with contextlib.suppress(TypeError, ValueError):  # Thin, for one, tells no time
+        from email.utils import parsedate_to_datetime
+
+        off = now - parsedate_to_datetime(date or "").timestamp()
+        if abs(off) > CLOCK_TOLERANCE:
+            sentence = f"clock: {off:+.0f} s off central's: set one of them right"
+            found.append(("warning", sentence))
+    return found
 
 
 def run_job(config: Config, arguments: argparse.Namespace) -> int:
@@ -5267,7 +6219,7 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
     if not isinstance(options, dict):
         raise UsageError(f"--options {arguments.options}: must be a JSON object")
     given = inputs if arguments.strings else [input_of(item) for item in inputs]
-    job = LocalRun(config, arguments.run, options, arguments.quiet)
+    job = LocalRun(config, arguments.run, options, arguments)
     return job.run(given)
 
 
@@ -5282,32 +6234,82 @@ OPTIONS = (
     ("--config", "FILE", "default: crowdnode.conf here, else beside this file"),
     ("--port", "N", "the same as --set port=N"),
     ("--options", "JSON", "with --run: the options of the job"),
+    ("--output", "FILE", "with --run: where the outputs go instead of standard output"),
 )
 SWITCHES = (
     ("--strings", "with --run: inputs are strings"),
     ("--quiet", "with --run: no progress"),
+    ("--keep-going", "with --run: go on where an input has failed (the default)"),
+    ("--fail-fast", "with --run: stop where an input has failed"),
     ("--json", "with --status: the document"),
 )
 # An option, and the command that it goes with.
-BELONG = (("strings", "run"), ("quiet", "run"), ("options", "run"), ("json", "status"))
+BELONG = {"json": "status"}
+BELONG.update(
+    dict.fromkeys(
+        ("strings", "quiet", "options", "output", "keep_going", "fail_fast"), "run"
+    )
+)
+
+
+HELP_EPILOG = """\
+configuration:
+  Its keys and their defaults stand in crowdnode.conf. Each may be given as
+  --set KEY=VALUE, too. A node whose central is on this machine needs none.
+
+files, in state_path (~/.crowdnode):
+  node.log, node.log.1 ...  the log of --daemon
+  node.pid, node.port       who runs, and where
+  units/, work/, storage/   records, work directories, what actions save
+
+exit status:
+  0  done                                 2  usage or configuration
+  1  could not start, or the job failed   3  no node runs here
+  130  Ctrl-C during --run                4  it runs, and does not answer
+
+examples:
+  crowdnode.py --run word_count *.txt
+  find . -name '*.pdf' | crowdnode.py --run process_pdfs - --output result.json
+  crowdnode.py --config /etc/crowdnode.conf --check
+
+in a crontab:
+  * * * * * /usr/bin/python3 /opt/crowdnode/crowdnode.py --daemon
+"""
 
 
 def command_line_parser() -> argparse.ArgumentParser:
     """What the command line may hold; two flags are for this program itself."""
     parser = argparse.ArgumentParser(
         prog="crowdnode.py",
-        description="A node of CloudCrowd. Without a command: in the foreground.",
-        epilog="Exit status: 0 done; 1 could not start, or the job failed; 2 usage or "
-        "configuration; 3 no node runs here; 4 it runs and does not answer.",
+        usage="%(prog)s [COMMAND] [OPTION]... [INPUT]...",
+        description="A node of CloudCrowd. Without a command: in the foreground, with\n"
+        "its log on standard error, until TERM or Ctrl-C.",
+        epilog=HELP_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    command = parser.add_mutually_exclusive_group()
-    for name, does in (*COMMANDS, (ATTENDED_FLAG, argparse.SUPPRESS)):
+    commands = parser.add_argument_group("commands")
+    command = commands.add_mutually_exclusive_group()
+    for name, does in COMMANDS:
         command.add_argument(name, action="store_true", help=does)
-    version = f"crowdnode {__version__}"
-    command.add_argument("--version", action="version", version=version)
     command.add_argument("--run", metavar="ACTION", help="do one job on this machine")
-    parser.add_argument(
+    command.add_argument(
+        "--stubs", metavar="DIR", help="write what central must know of the actions"
+    )
+    version = f"crowdnode {__version__}"
+    command.add_argument(
+        "--version", action="version", version=version, help="say which this is"
+    )
+    command.add_argument("--help", "-h", action="help", help="show this")
+    command.add_argument(ATTENDED_FLAG, action="store_true", help=argparse.SUPPRESS)
+    add_options(parser.add_argument_group("options"))
+    return parser
+
+
+def add_options(options: Any) -> None:
+    """Add what goes with a command; *options*: a group of argparse."""
+    options.add_argument(
         "inputs",
         nargs="*",
         metavar="INPUT",
@@ -5315,14 +6317,13 @@ def command_line_parser() -> argparse.ArgumentParser:
         "standard input",
     )
     for name, metavar, does in OPTIONS:
-        parser.add_argument(name, metavar=metavar, help=does)
-    parser.add_argument(RESUME_FLAG, help=argparse.SUPPRESS)
-    parser.add_argument(
+        options.add_argument(name, metavar=metavar, help=does)
+    options.add_argument(RESUME_FLAG, help=argparse.SUPPRESS)
+    options.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
     )
     for name, does in SWITCHES:
-        parser.add_argument(name, action="store_true", help=does)
-    return parser
+        options.add_argument(name, action="store_true", help=does)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -5331,9 +6332,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_intermixed_args(argv[:end])
     arguments.inputs += argv[end + 1 :]
-    for option, command in BELONG:
+    for option, command in BELONG.items():
         if getattr(arguments, option) and not getattr(arguments, command):
-            parser.error(f"--{option} goes with --{command}")
+            parser.error(f"--{option.replace('_', '-')} goes with --{command}")
+    if arguments.keep_going and arguments.fail_fast:
+        parser.error("--fail-fast is the opposite of --keep-going")
     if arguments.inputs and not arguments.run:
         parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}")
     return arguments
@@ -5376,6 +6379,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     import_node_modules()
     if arguments.check:
         return check(config)
+    if arguments.stubs:
+        return write_stubs(config, arguments.stubs)
     if arguments.run:
         return run_job(config, arguments)
     return run_in_foreground(config, load, arguments.attended)

@@ -13,13 +13,16 @@ from __future__ import annotations
 import atexit
 import base64
 import concurrent.futures
+import configparser
 import contextlib
 import errno
 import gzip
+import hashlib
 import http.client
 import http.server
 import json
 import os
+import plistlib
 import pty
 import re
 import resource
@@ -31,6 +34,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -154,6 +158,8 @@ class Central:
         self.login = login
         self.calls: list[tuple[str, str, Fields]] = []
         self.answer: Answer = lambda method, path, fields: None
+        self.heartbeat = b"buh-bump"
+        self.date = ""  # Thin, CloudCrowd's server, sends none
         self.port = 0
         self.start()
 
@@ -201,9 +207,13 @@ class Central:
         if status is None:
             status = self.usual_answer(handler, fields)
         if status:
-            handler.send_response(status)
-            handler.send_header("Content-Length", "0")
+            text = self.heartbeat if handler.command == "GET" else b""
+            handler.send_response_only(status)
+            if self.date:
+                handler.send_header("Date", self.date)
+            handler.send_header("Content-Length", str(len(text)))
             handler.end_headers()
+            handler.wfile.write(text)
         else:  # a reset
             linger = struct.pack("ii", 1, 0)
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -268,7 +278,8 @@ class NodeProcess:
         self.directory = directory or tempfile.mkdtemp(prefix="crowdnode-test-")
         self.central = central
         self.env = env or {}
-        self.constants = {"MONITOR_INTERVAL": 0.1, **(constants or {})}
+        self.constants = {"MONITOR_INTERVAL": 0.1, "TEMPORARY_DIRECTORIES": ()}
+        self.constants.update(constants or {})
         self.settings = {
             "central_server": central.url,
             "dialect": "0.5",
@@ -276,6 +287,7 @@ class NodeProcess:
             "port": 0,
             "bind": "127.0.0.1",
             "max_workers": 50,
+            "disabled_actions": "graphics_magick process_pdfs",  # whatever is installed
             "state_path": "state",
             "drain_time": 0,
             **settings,
@@ -566,6 +578,19 @@ class CrowdTest(unittest.TestCase):
         self.addCleanup(node.destroy)
         return node
 
+    def on_terminal(self, *command: str, **env: str) -> str:
+        """What *command* writes to a terminal."""
+        master, terminal = pty.openpty()
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=terminal,
+            stderr=terminal,
+            env=environment(**env),
+        ):
+            os.close(terminal)
+            return read_terminal(master)
+
     def directory(self) -> str:
         path = tempfile.mkdtemp(prefix="crowdnode-test-")
         self.addCleanup(shutil.rmtree, path, ignore_errors=True)
@@ -576,6 +601,16 @@ class CrowdTest(unittest.TestCase):
         if result is not None:
             check_leftovers(self, result)
         return outcome
+
+
+def read_terminal(master: int) -> str:
+    """All that is written to the other side, until it closes."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: it has closed
+        while True:
+            shown += os.read(master, 65536)
+    os.close(master)
+    return shown.decode()
 
 
 def check_leftovers(test: unittest.TestCase, result: unittest.TestResult) -> None:
@@ -645,7 +680,12 @@ class FirstRun(CrowdTest):
             [sys.executable, PROGRAM, *arguments],
             capture_output=True,
             text=True,
-            env={"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, key: value},
+            env={
+                "PATH": options.pop("path", "") + "/usr/bin:/bin",
+                "HOME": home,
+                "TMPDIR": home,
+                key: value,
+            },
             timeout=seconds,
             **{"cwd": HERE, **options},
         )
@@ -672,26 +712,17 @@ class FirstRun(CrowdTest):
         self,
     ) -> None:
         _, options = self.with_actions(echo=ECHO)
-        master, terminal = pty.openpty()
+        path = os.path.join(self.directory(), "outputs")
         strings = [f"string {number}" for number in range(500)]
-        with subprocess.Popen(
-            [sys.executable, PROGRAM, *options, "--strings", "--run", "echo", *strings],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=terminal,
-            env=environment(),
-        ) as process:
-            os.close(terminal)
-            assert process.stdout
-            shown = b""
-            with contextlib.suppress(OSError):  # EIO: the terminal has closed
-                while True:
-                    shown += os.read(master, 65536)
-            outputs = json.loads(process.stdout.read())
-        os.close(master)
-        self.assertEqual(outputs, strings)
-        self.assertRegex(shown.decode(), r"\r.*\[#+ *\] \d+ of 500 done, 0 failed")
-        self.assertIn("500 of 500 done, 0 failed", shown.decode())
+        job = [*options, "--output", path, "--strings", "--run", "echo", *strings]
+        shown = self.on_terminal(sys.executable, PROGRAM, *job)
+        with open(path) as file:
+            self.assertEqual(json.load(file), strings)
+        self.assertRegex(
+            shown,
+            r"\r.*\[#+ *\] \d+ of 500 done, 0 failed, \d+ running, [\d.]+/s, .* left",
+        )
+        self.assertIn("500 of 500 done, 0 failed", shown)
 
     def test_a_failing_input_is_named_after_three_attempts_and_the_rest_is_done(
         self,
@@ -855,6 +886,124 @@ class FirstRun(CrowdTest):
             process.kill()
         wait_for(lambda: not our_processes(), "nothing is left")
 
+    def test_outputs_go_to_a_file_that_is_whole_or_as_it_was(self) -> None:
+        directory, options = self.with_actions(broken=BROKEN)
+        path = os.path.join(directory, "result.json")
+        done = self.job("--output", path, "--strings", "--run", "word_count", "a b")
+        self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
+        with open(path) as file:
+            self.assertEqual(json.load(file), [2])
+        for place, message in (
+            (directory, "is a directory"),
+            (f"{directory}/no/such", "there is no directory"),
+        ):
+            done = self.job("--output", place, "--run", "word_count", "LICENSE")
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(f"--output {place}: {message}", done.stderr)
+        done = self.job("--output", "/dev/stdout", "--run", "word_count", "LICENSE")
+        self.assertEqual((done.returncode, len(json.loads(done.stdout))), (0, 1))
+
+    def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
+        _, options = self.with_actions(broken=BROKEN)
+        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
+        many = ["--strings", "--run", "broken", *map(str, range(200))]
+        done = self.job("--fail-fast", *options, *many)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("0: ValueError: it broke", done.stderr)
+        self.assertNotIn("\n199: ", done.stderr)
+        done = self.job("--keep-going", *options, *many[:5])
+        self.assertEqual((done.returncode, done.stdout), (1, "[null, null]\n"))
+
+    def test_stubs_are_the_classes_that_central_needs(self) -> None:
+        both = BROKEN + "    def split(self): return []\n"
+        _, options = self.with_actions(my_pdfs=both)
+        place = os.path.join(self.directory(), "actions")
+        for _ in range(2):  # again over its own is fine
+            done = self.job(*options, "--stubs", place)
+            self.assertEqual(done.returncode, 0, done.stderr)
+        with open(os.path.join(place, "my_pdfs.rb")) as file:
+            text = file.read()
+        self.assertIn("class MyPdfs < CloudCrowd::Action\n  def split\n  end\n", text)
+        self.assertIn("  def process\n  end\n", text)
+        self.assertNotIn("merge", text)
+        self.assertIn(os.path.join(place, "word_count.rb"), done.stdout.split())
+        with open(os.path.join(place, "word_count.rb"), "w") as file:
+            file.write("class WordCount\nend\n")
+        done = self.job(*options, "--stubs", place)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("word_count.rb: is not of --stubs; left alone", done.stderr)
+
+    def programs(self, **texts: str) -> str:
+        """A directory with programs, shell scripts, for PATH."""
+        directory = self.directory()
+        for name, text in texts.items():
+            path = os.path.join(directory, name)
+            with open(path, "w") as file:
+                file.write(f"#!/bin/sh\nfor last do :; done\n{text}\n")
+            os.chmod(path, 0o755)
+        return f"{directory}:"
+
+    def test_graphics_magick_does_steps_and_no_shell_sees_options(self) -> None:
+        path = self.programs(gm='printf \'%s\\n\' "$@" > "$last"')
+        steps = [
+            {"name": "a", "command": "convert", "extension": "gif",
+             "options": "-size '10 x' ; $(id)"},
+            {"name": "b", "command": "convert", "extension": "png", "input": "a"},
+        ]  # fmt: skip
+        store = f"local_storage_path={self.directory()}"
+        job = ["--set", store, "--run", "graphics_magick", "LICENSE", "--options"]
+        done = self.job(*job, json.dumps({"steps": steps}), path=path)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        ((urls),) = json.loads(done.stdout)
+        words = (
+            crowdnode.read_file(crowdnode.local_path(urls["a"])).decode().split("\n")
+        )
+        self.assertEqual(words[:5], ["convert", "-size", "10 x", ";", "$(id)"])
+        self.assertEqual(os.path.basename(words[5]), "LICENSE")
+        words = (
+            crowdnode.read_file(crowdnode.local_path(urls["b"])).decode().split("\n")
+        )
+        self.assertEqual(list(map(os.path.basename, words[1:3])),
+                         ["LICENSE_a.gif", "LICENSE_b.png"])  # fmt: skip
+        for odd, message in (
+            ({"input": "c"}, "its input c is no earlier step"),
+            ({"extension": "../x"}, "of letters, digits, _ and -"),
+            ({"options": "'"}, "No closing quotation"),
+        ):
+            options = {"steps": [{**steps[0], **odd}]}
+            done = self.job(*job, json.dumps(options), path=path)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(message, done.stderr)
+        done = self.job(*job, "{}", path=self.directory() + ":")
+        if not crowdnode.program_path("gm"):
+            self.assertIn("no such action", done.stderr)
+
+    def test_process_pdfs_splits_into_batches_and_merges_to_one_archive(self) -> None:
+        path = self.programs(
+            pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
+            'done;; *) cp "$1" "$last";; esac',
+            gm='shift; cp "$1" "$last"',
+            pdftotext='while [ "$2" != "$last" ]; do shift; done; cp "$1" "$last"',
+            gs="true",
+        )
+        images = [{"name": "small", "extension": "gif"}]
+        done = self.job(
+            "--set", f"local_storage_path={self.directory()}", "--run", "process_pdfs",
+            "LICENSE", "--options", json.dumps({"batch_size": 2, "images": images}),
+            path=path,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr)
+        (url,) = json.loads(done.stdout)
+        with tarfile.open(crowdnode.local_path(url)) as archive:
+            files = [item.name for item in archive if item.isfile()]
+            full = archive.extractfile("LICENSE/text/full/LICENSE.txt")
+            assert full
+            self.assertEqual(full.read(), b"page 1\npage 2\npage 3\n")
+        pages = [f"LICENSE/text/pages/LICENSE_0000{n}.txt" for n in (1, 2, 3)]
+        small = [f"LICENSE/images/small/LICENSE_0000{n}.gif" for n in (1, 2, 3)]
+        wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
+        self.assertEqual(sorted(files), wanted)
+
     def test_the_examples_of_the_readme_work(self) -> None:
         directory = self.directory()
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
@@ -886,6 +1035,11 @@ class FirstRun(CrowdTest):
             (["--run", "word_count", ""], "an INPUT is empty"),
             (["README.md"], "unrecognized arguments: README.md"),
             (["--options", "{}"], "--options goes with --run"),
+            (["--fail-fast"], "--fail-fast goes with --run"),
+            (
+                ["--fail-fast", "--keep-going", "--run", "word_count", "LICENSE"],
+                "--fail-fast is the opposite",
+            ),
             (
                 ["--run", "word_count", "nosuch.txt"],
                 "nosuch.txt: is no file and no URL",
@@ -1111,7 +1265,7 @@ class Work(SharedNode):
         id = self.new_id()
         outcome = self.shared.do(unit(id, "broken"))
         self.assertEqual(
-            outcome, ("failed", "ValueError: it broke (broken.py, line 6)")
+            outcome, ("failed", "ValueError: it broke (broken.py, line 6, in process)")
         )
         self.assertIn("output: Traceback", self.shared.log())
 
@@ -1307,6 +1461,104 @@ class Work(SharedNode):
         self.shared.do(unit(self.new_id(), options={"benchmark": True}))
         wait_for(
             lambda: self.shared.said("output: benchmark: "), "the benchmark's line"
+        )
+
+
+class Shown(CrowdTest):
+    """The page, and the metrics."""
+
+    def test_the_page_says_all_and_runs_nothing_that_a_unit_brings(self) -> None:
+        central = self.central()
+        node = self.node(
+            central, tag="the <tag>", **{"action sleeper": "time_limit = 60"}
+        )
+        node.take(unit(1, "sleeper", "60"))
+        node.do(unit(2, "broken"))
+        node.do(unit(3, "<script>alert(1)</script>"))
+        central.answer = lambda method, path, fields: 500 if "/4" in path else None
+        node.take(unit(4))
+        wait_for(lambda: central.reports(4), "a report")
+        page = wait_for(
+            lambda: (lambda text: text if "it answered 500" in text else "")(
+                node.get("/")[2].decode()
+            ),
+            "what central answered",
+        )
+        for text in (
+            f"<h1>127.0.0.1:{node.port} <small>the &lt;tag&gt;</small></h1>",
+            f"{central.url}, answered ",
+            '<meter max="60" value="',
+            "ValueError: it broke (broken.py, line 6, in process)",
+            "no action named &lt;script&gt;alert(1)",
+            "Waiting for central (1)",
+            "<dt>Work</dt><dd>taken</dd>",
+        ):
+            self.assertIn(text, page)
+        self.assertNotIn("<script>alert", page)
+        self.assertEqual(re.findall(r"(?:src|href)=\W*http", page), [])
+
+    def test_the_page_lets_a_browser_run_and_draw_what_is_its_own_alone(self) -> None:
+        node = self.node()
+        status, headers, body = node.get("/")
+        self.assertEqual((status, headers["Content-Type"][:9]), (200, "text/html"))
+        policy = headers["Content-Security-Policy"]
+        self.assertIn("default-src 'none'", policy)
+        for tag in ("style", "script"):
+            (text,) = re.findall(f"(?s)<{tag}>(.*)</{tag}>", body.decode())
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertIn(f"{tag}-src 'sha256-{digest}'", policy)
+
+    def test_the_page_says_why_and_since_when_work_is_refused(self) -> None:
+        node = self.node(max_load=0.01)
+        page = node.get("/")[2].decode()
+        self.assertRegex(
+            page, r"refused for [\d.]+ s: .* load average, max_load is 0.01"
+        )
+        self.assertRegex(page, r"<dt>Load</dt><dd>[\d.]+, max 0.01")
+
+    def test_the_last_hour_is_kept_a_minute_each(self) -> None:
+        history = crowdnode.History()
+        for minute in range(70):
+            history.note(1.0, None, 10 * minute)
+            self.assertEqual(len(history.minutes), min(60, minute))
+            history._began -= 60
+        load, memory, units = history.minutes[-1]
+        self.assertEqual((load, memory, round(units)), (1.0, None, 10))
+        plot = crowdnode.draw_plot("load", [1.0, None, 3.0], 2.0)
+        self.assertIn("load: 3 now, 1 to 3", plot)
+        self.assertIn('points="57,68.3 59,4.8"', plot)
+        self.assertIn("nothing yet", crowdnode.draw_plot("load", [None], None))
+
+    def test_metrics_say_what_the_status_says(self) -> None:
+        node = self.node()
+        for number in range(3):
+            node.do(unit(number + 1))
+        node.do(unit(4, "broken"))
+        node.do(unit(5, 'odd"\n'))
+        status, headers, body = node.get("/metrics")
+        self.assertEqual((status, headers["Content-Type"][:25]),
+                         (200, "text/plain; version=0.0.4"))  # fmt: skip
+        lines = body.decode().splitlines()
+        values = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+        counts = node.status()["counts"]
+        for name, value in (
+            ("units_accepted_total", counts["accepted"]),
+            ('units_total{outcome="succeeded"}', 3),
+            ('units_total{outcome="failed"}', 2),
+            ("overloaded", 0),
+            ("max_workers", 50),
+            ('unit_seconds_count{action="echo",stage="process"}', 3),
+            ('unit_seconds_bucket{action="echo",stage="process",le="+Inf"}', 3),
+            ('unit_seconds_count{action="unknown",stage="process"}', 1),
+        ):
+            self.assertEqual(values[f"crowdnode_{name}"], str(value), name)
+        for name in values:
+            family = re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name)
+            self.assertTrue(
+                any(line.startswith(f"# TYPE {family} ") for line in lines), name
+            )
+        self.assertEqual(
+            crowdnode.sample("x", 1, a='"\\\n'), r'crowdnode_x{a="\"\\\n"} 1'
         )
 
 
@@ -2026,6 +2278,136 @@ def web_server() -> Iterator[str]:
         server.shutdown()
 
 
+class Bucket(CrowdTest):
+    """What actions save, in S3: a server of the tests that takes it."""
+
+    def bucket(self) -> tuple[str, list[tuple[str, str, dict[str, str], bytes]]]:
+        """Its URL, and the requests that it gets.  answers: what it says first."""
+        calls: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.answers: list[tuple[int, str]] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_PUT(handler) -> None:  # noqa: N805
+                length = int(handler.headers.get("Content-Length") or 0)
+                body = handler.rfile.read(length)
+                headers = {key.lower(): value for key, value in handler.headers.items()}
+                calls.append((handler.command, handler.path, headers, body))
+                status, code = self.answers.pop(0) if self.answers else (200, "")
+                text = f"<Error><Code>{code}</Code></Error>".encode()
+                handler.send_response(status)
+                handler.send_header("Content-Length", str(len(text)))
+                handler.end_headers()
+                handler.wfile.write(text)
+
+            do_GET = do_PUT
+
+            def log_message(handler, *_: Any) -> None:  # noqa: N805
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}", calls
+
+    def settings(self, url: str, **more: str) -> dict[str, Any]:
+        return {
+            "storage": "s3",
+            "s3_bucket": "b",
+            "aws_access_key": "AKIAIOSFODNN7EXAMPLE",
+            "aws_secret_key": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+            "s3_endpoint": url,
+            **more,
+        }
+
+    def test_a_file_is_public_or_behind_a_link_and_faults_are_tried_again(self) -> None:
+        url, calls = self.bucket()
+        saver = MIXED.replace("a result.txt", "a +result%.txt")
+        node = self.node(
+            actions={"mixed.py": saver}, constants={"S3_WAITS": (0,)},
+            **self.settings(url),
+        )  # fmt: skip
+        self.assertEqual(calls[0][:2], ("GET", "/b?list-type=2&max-keys=0"))
+        status, saved = node.do(unit(1, "mixed", options={"do": "saved"}))
+        path = "/b/mixed/job_1/unit_1/a%20%2Bresult%25.txt"
+        self.assertEqual((status, saved), ("succeeded", url + path))
+        method, where, headers, body = calls[-1]
+        self.assertEqual((method, where, body), ("PUT", path, b"saved"))
+        self.assertEqual(headers["x-amz-acl"], "public-read")
+        self.assertIn("SignedHeaders=content-length;content-type;host;x-amz-acl;x-amz-content-sha256"
+                      ";x-amz-date, Signature=", headers["authorization"])  # fmt: skip
+        self.answers = [(503, "SlowDown")]
+        self.assertEqual(
+            node.do(unit(2, "mixed", options={"do": "saved"}))[0], "succeeded"
+        )
+        self.answers = [(403, "SignatureDoesNotMatch")]
+        status, output = node.do(unit(3, "mixed", options={"do": "saved"}))
+        self.assertEqual(status, "failed")
+        self.assertIn("aws_secret_key: S3 answered 403 SignatureDoesNotMatch", output)
+        self.assertNotIn("wJalr", output + node.log())
+        node.write_config(s3_authentication="yes")
+        os.kill(node.pid, signal.SIGHUP)
+        wait_for(lambda: node.said("reloaded"), "a reload")
+        status, saved = node.do(unit(4, "mixed", options={"do": "saved"}))
+        self.assertEqual(calls[-1][2]["x-amz-acl"], "private")
+        for field in ("Expires=86400", "SignedHeaders=host", r"Signature=\w{64}$"):
+            self.assertRegex(saved, rf"\.txt\?.*X-Amz-{field}")
+
+    def test_signatures_are_those_of_amazons_examples(self) -> None:
+        config = crowdnode.load_config("", list(self.settings("").items()))
+        store = crowdnode.S3Store(config)
+        now, host = "20130524T000000Z", "examplebucket.s3.amazonaws.com"
+        empty = hashlib.sha256().hexdigest()
+        headers = {"host": host, "x-amz-content-sha256": empty, "x-amz-date": now}
+        self.assertEqual(
+            store._signature("GET", "/", "max-keys=2&prefix=J", headers, empty, now),
+            "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7",
+        )
+        query = (
+            "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F"
+            "20130524%2Fus-east-1%2Fs3%2Faws4_request&X-Amz-Date=20130524T000000Z"
+            "&X-Amz-Expires=86400&X-Amz-SignedHeaders=host"
+        )
+        self.assertEqual(
+            store._signature(
+                "GET", "/test.txt", query, {"host": host}, "UNSIGNED-PAYLOAD", now
+            ),
+            "aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404",
+        )
+        self.assertEqual(
+            store.base + store.prefix, "https://b.s3.us-east-1.amazonaws.com"
+        )
+
+    def test_a_wrong_key_or_bucket_is_said_at_the_start_by_its_name(self) -> None:
+        url, _ = self.bucket()
+        hasty = {"S3_WAITS": (0,)}
+        for code, message in (
+            ("NoSuchBucket", "s3_bucket = b: S3 answered 404 NoSuchBucket"),
+            ("InvalidAccessKeyId", "aws_access_key = AKIAIOSFODNN7EXAMPLE: "),
+        ):
+            self.answers = [(404, code)]
+            node = self.prepared(constants=hasty, **self.settings(url))
+            done = node.run()
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(message, done.stderr)
+        away = self.settings("http://127.0.0.1:1")
+        done = self.prepared(constants=hasty, **away).run("--check")
+        self.assertIn("s3_endpoint = http://127.0.0.1:1: ", done.stdout)
+        done = self.prepared(**self.settings(url, s3_bucket="")).run()
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("storage = s3: needs s3_bucket too", done.stderr)
+
+    def test_more_than_a_put_can_hold_is_said(self) -> None:
+        url, calls = self.bucket()
+        path = os.path.join(self.directory(), "large")
+        with open(path, "wb") as file:
+            file.truncate(crowdnode.S3_LIMIT + 1)
+        config = crowdnode.load_config("", list(self.settings(url).items()))
+        with self.assertRaisesRegex(OSError, "S3 takes 5 GB at once"):
+            crowdnode.S3Store(config).save(path, "x")
+        self.assertEqual(calls, [])
+
+
 class Loading(CrowdTest):
     def test_what_does_not_load_is_left_out_and_said_and_the_node_starts(self) -> None:
         node = self.node(
@@ -2055,7 +2437,7 @@ class Loading(CrowdTest):
             "none.py is left out: ImportError: it must define one subclass of Action",
             "two.py is left out: ImportError: it must define one subclass of Action",
             "idle.py is left out: ImportError: its class Idle must define process",
-            "leaves.py is left out: SystemExit: 3 (leaves.py, line 1)",
+            "leaves.py is left out: SystemExit: 3 (leaves.py, line 1, in <module>)",
             "twice.sh is left out: ",
             "bad-name.py is left out: its name must be letters",
         ):
@@ -2091,7 +2473,7 @@ class Loading(CrowdTest):
                 "_helper.py": "answer = 42",
                 "word_count.py": shared + replaced,
             },
-            disabled_actions="broken, nosuch",
+            disabled_actions="broken, nosuch, graphics_magick, process_pdfs",
         )
         actions = ["echo", "pieces", "sleeper", "waiter", "word_count"]
         self.assertEqual(node.status()["actions"], actions)
@@ -3128,10 +3510,15 @@ class Daemon(CrowdTest):
         )
         done = node.run("--status")
         self.assertEqual(done.returncode, 0)
+        self.assertNotIn("\033", done.stdout)
+        shown = self.on_terminal(*node.command("--status"))
+        self.assertIn("work       \033[32mtaken\033[0m", shown)
+        shown = self.on_terminal(*node.command("--status"), NO_COLOR="1")
+        self.assertNotIn("\033", shown)
         for text in (
             "127.0.0.1:",
             "checked in ",
-            "unit 7  sleeper  process",
+            "unit 7        sleeper          process",
             "1 accepted",
         ):
             self.assertIn(text, done.stdout)
@@ -3217,12 +3604,22 @@ class Daemon(CrowdTest):
         self.assertEqual(done.returncode, 0, done.stdout)
         levels = {line.partition(":")[0] for line in done.stdout.splitlines()}
         self.assertEqual(levels, {"ok"}, done.stdout)
+        central.date = "Thu, 01 Jan 2015 00:00:00 GMT"
+        self.assertRegex(node.run("--check").stdout, r"warning: clock: \+\d+ s off")
+        central.heartbeat = b"<h1>It works!</h1>"
+        done = node.run("--check")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("answers, but is no CloudCrowd", done.stdout)
         node.write_config(host="no-such-host.invalid", password="x", login="y")
         node.write_actions({"syntax.py": "def"})
         os.chmod(node.path("crowdnode.conf"), 0o644)
         os.mkdir(node.path("state", "storage"))
         os.chmod(node.path("state", "storage"), 0o777)
         central.stop()
+        node.constants["TEMPORARY_DIRECTORIES"] = (f"{node.directory}/",)
+        done = node.run("--check")
+        self.assertIn("warning: temp_storage_path: ", done.stdout)
+        node.constants["TEMPORARY_DIRECTORIES"] = ()
         done = node.run("--check", "--set", "password=z")
         self.assertIn("warning: the password is on the command line", done.stdout)
         done = node.run("--check")
@@ -3381,7 +3778,7 @@ class Configuration(CrowdTest):
         with open(sample, encoding="utf-8") as file:
             text = file.read()
         found = dict(
-            re.findall(r"(?m)^#([a-z_]+) = ?(.*)$", text.partition("[action ")[0])
+            re.findall(r"(?m)^#([a-z0-9_]+) = ?(.*)$", text.partition("[action ")[0])
         )
         defaults = {key: default for key, (default, _) in crowdnode.NODE_KEYS.items()}
         self.assertEqual(found, defaults)
@@ -3392,7 +3789,7 @@ class Configuration(CrowdTest):
         uncommented = os.path.join(self.directory(), "crowdnode.conf")
         with open(uncommented, "w", encoding="utf-8") as file:
             node = text.partition("#[action ")[0]
-            file.write(re.sub(r"(?m)^#([a-z_]+ =)", r"\1", node))
+            file.write(re.sub(r"(?m)^#([a-z0-9_]+ =)", r"\1", node))
         again = crowdnode.load_config(uncommented, [])
         for key in crowdnode.NODE_KEYS:
             if not key.endswith("_path"):
@@ -3426,10 +3823,30 @@ class Configuration(CrowdTest):
         done = self.call("--check", cwd=base)
         self.assertIn(f"ok: configuration: {path}", done.stdout)
 
+    def test_the_service_files_of_the_readme_are_well_formed(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            text = file.read()
+        (plist,) = re.findall(r"(?s)    (<\?xml.*?</plist>)", text)
+        service = plistlib.loads(re.sub("(?m)^    ", "", plist).encode())
+        self.assertEqual(service["ProgramArguments"][1], "/opt/crowdnode/crowdnode.py")
+        self.assertTrue(service["KeepAlive"] and service["AbandonProcessGroup"])
+        (unit,) = re.findall(r"(?s)    (\[Unit\].*?multi-user.target)", text)
+        path = os.path.join(self.directory(), "crowdnode.service")
+        with open(path, "w") as file:
+            file.write(re.sub("(?m)^    ", "", unit) + "\n")
+        parser = configparser.RawConfigParser(strict=True)
+        parser.read(path)
+        self.assertEqual(parser["Service"]["KillMode"], "process")
+        if shutil.which("systemd-analyze") and os.path.exists("/usr/bin/python3"):
+            command = ["systemd-analyze", "verify", path]
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     def test_version_and_help(self) -> None:
         done = self.call("--version")
         self.assertEqual(done.stdout, f"crowdnode {crowdnode.__version__}\n")
         done = self.call("--help")
+        self.assertLessEqual(max(map(len, done.stdout.splitlines())), 80)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         for option in (
             "--daemon",
@@ -3503,10 +3920,11 @@ class Portability(CrowdTest):
 
 
 STANDARD = """
-    __future__ argparse base64 collections configparser contextlib ctypes difflib
-    errno fcntl gc hashlib heapq hmac http importlib io ipaddress json logging os
-    py_compile queue random re resource select shutil signal socket struct
-    subprocess sys tempfile threading time typing urllib warnings zlib
+    __future__ argparse base64 bisect collections configparser contextlib ctypes difflib
+    email errno fcntl gc hashlib heapq hmac html http importlib io ipaddress json
+    logging mimetypes os py_compile queue random re resource select shlex shutil signal
+    socket struct subprocess sys tarfile tempfile threading time typing urllib warnings
+    zlib
 """.split()  # noqa: SIM905
 
 
