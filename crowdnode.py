@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     import hashlib
     import hmac
     import html
+    import http.client
     import ipaddress
     import logging
     import logging.handlers
@@ -166,7 +167,7 @@ OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
 OUTPUT_LIMIT = 16 * OUTPUT_TAIL  # bytes at which the file of it is cut back
 OWN_FRAMES = 10  # of a traceback, at most, in a failure's message
 MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
-TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/")
+TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/", "/private/var/tmp/")
 S3_ALGORITHM = "AWS4-HMAC-SHA256"
 S3_SAFE = "/-_.~"  # what a signature leaves of a path as it is
 S3_LIMIT = 5 * 1024**3  # bytes of one PUT
@@ -592,6 +593,20 @@ def web_address(value: str) -> str:
     return value.rstrip("/")
 
 
+def plain(value: str) -> str:
+    """Parses ASCII without blanks, as keys of Amazon's are."""
+    if not re.fullmatch(r"[!-~]*", value):
+        raise ValueError("must be without blanks, of ASCII")
+    return value
+
+
+def bucket_name(value: str) -> str:
+    """Parses the name of a bucket, which becomes part of a host's."""
+    if not re.fullmatch(r"|[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", value):
+        raise ValueError("must be 3 to 63 letters, digits, dots, - and _")
+    return value
+
+
 def stage_names(value: str) -> list[str]:
     """A parser of an executable's stages."""
     stages = words(value)
@@ -644,12 +659,12 @@ NODE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp_storage_path": ("", text),
     "storage": ("filesystem", choice("filesystem", "s3")),
     "local_storage_path": ("", text),
-    "s3_bucket": ("", text),
+    "s3_bucket": ("", bucket_name),
     "s3_authentication": ("no", boolean),
-    "aws_access_key": ("", text),
-    "aws_secret_key": ("", text),
+    "aws_access_key": ("", plain),
+    "aws_secret_key": ("", plain),
     "s3_endpoint": ("", web_address),
-    "s3_region": ("us-east-1", text),
+    "s3_region": ("us-east-1", plain),
     "central_timeout": ("30", SECONDS),
     "report_timeout": ("300", SECONDS),
     "max_request_size": ("64", SIZE),
@@ -1123,9 +1138,10 @@ class S3Store(AssetStore):
     def __init__(self, config: Config) -> None:
         """Imports what a worker needs, before it is forked."""
         super().__init__(config)
-        global hashlib, hmac, mimetypes, urllib
+        global hashlib, hmac, http, mimetypes, urllib
         import hashlib
         import hmac
+        import http.client
         import mimetypes
         import urllib.error
         import urllib.request
@@ -1136,7 +1152,18 @@ class S3Store(AssetStore):
         # A certificate of *.s3... does not hold for a name with more dots.
         if not endpoint and "." not in bucket:
             self.base, self.prefix = f"https://{bucket}.{host}", ""
-        self.host = self.base.partition("://")[2]
+        parts = urllib.parse.urlsplit(self.base)
+        self.base, self.host = f"{parts.scheme}://{parts.netloc}", parts.netloc
+        self.prefix = parts.path + self.prefix
+        # Not macOS's own settings, which can't be read after a fork.
+        proxies = urllib.request.ProxyHandler(urllib.request.getproxies_environment())
+        # Elsewhere the signature is not good, and is nobody's business.
+        stay = type(
+            "Stay",
+            (urllib.request.HTTPRedirectHandler,),
+            {"redirect_request": lambda *_: None},
+        )
+        self._opener = urllib.request.build_opener(proxies, stay)
 
     def check(self) -> None:
         """See AssetStore: asks for nothing, but of that bucket with those keys."""
@@ -1148,7 +1175,8 @@ class S3Store(AssetStore):
 
     def save(self, local_path: str, save_path: str) -> str:
         """See AssetStore."""
-        path = f"{self.prefix}/{urllib.parse.quote(save_path, safe=S3_SAFE)}"
+        quoted = urllib.parse.quote(os.fsencode(save_path), safe=S3_SAFE)
+        path = f"{self.prefix}/{quoted}"
         digest = hashlib.sha256()
         with open(local_path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -1158,10 +1186,10 @@ class S3Store(AssetStore):
                 )
             for piece in iter(lambda: file.read(READ_SIZE), b""):
                 digest.update(piece)
-            acl = "private" if self.config.s3_authentication else "public-read"
             kind = mimetypes.guess_type(save_path)[0] or "application/octet-stream"
-            headers = {"x-amz-acl": acl, "content-length": str(size)}
-            headers["content-type"] = kind
+            headers = {"content-length": str(size), "content-type": kind}
+            if not self.config.s3_authentication:  # private is what it is without
+                headers["x-amz-acl"] = "public-read"
             self._send("PUT", path, "", headers, digest.hexdigest(), file)
         if self.config.s3_authentication:
             return self.link(path)
@@ -1233,17 +1261,27 @@ class S3Store(AssetStore):
             sent = self._authorized(method, path, query, headers or {}, digest)
             request = urllib.request.Request(url, body, sent, method=method)
             try:
-                urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT).close()
+                self._opener.open(request, timeout=DOWNLOAD_TIMEOUT).close()
                 return
             except urllib.error.HTTPError as error:
                 with error:
-                    refusal = S3Refused(self.config, error.code, error.read(4000))
-            except OSError as error:
-                reason = getattr(error, "reason", error)
+                    refusal = S3Refused(self.config, error.code, beginning(error))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(getattr(error, "reason", error))
+                if body and "reset" in reason or "Broken pipe" in reason:
+                    reason += ": it may have refused the file before it had all of it"
                 refusal = S3Refused(self.config, 500, b"", f"{self.base}: {reason}")
             if wait is None or refusal.status < 500:
                 raise refusal
             time.sleep(wait)
+
+
+def beginning(reply: Any) -> bytes:
+    """What can be read of the first bytes of a reply."""
+    try:
+        return bytes(reply.read(4000))
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 class S3Refused(OSError):
@@ -1641,9 +1679,11 @@ class GraphicsMagick(ProgramAction):
         """The URLs of the steps' results, by name."""
         if not self.input_path:
             raise ActionFailed("the input is no URL of an image")
-        made, urls = {None: self.input_path}, {}
+        made: dict[str | None, str] = {None: self.input_path}
+        urls = {}
         for step in self.listed("steps", "name", "command", "extension"):
-            source = made.get(step.get("input"))
+            origin = step.get("input")
+            source = made.get(origin if origin is None else str(origin))
             if source is None:
                 raise ActionFailed(
                     f"the step {step['name']}: its input {step['input']} is no earlier "
@@ -1679,7 +1719,7 @@ class ProcessPdfs(ProgramAction):
         pages = [f"{self.file_name}_{part[:-5]}.pdf" for part in parts]
         for part, page in zip(parts, pages):
             # Once more: pdftk burst leaves the references of the whole in each page.
-            self.program("pdftk", part, "output", page)
+            self.program("pdftk", part, "output", f"./{page}")
             os.unlink(part)
         batches = []
         for start in range(0, len(pages), size):
@@ -1691,18 +1731,20 @@ class ProcessPdfs(ProgramAction):
     def process(self) -> str:
         """The pictures and the text of a batch, as an archive."""
         images = self.listed("images", "name", "extension")
+        for image in images:
+            if re.search(r"(^|_)\d{5,}(_|$)", image["name"]):
+                raise ActionFailed(f"the image name {image['name']} is like a page's")
         archive = self.input_path or ""
         pages = unpack(archive)
         os.unlink(archive)
-        for page in pages:
+        for page in (f"./{page}" for page in pages):  # or it might be an option
             name = page[: -len(".pdf")]
             for image in images:
                 picture = f"{name}_{image['name']}.{image['extension']}"
                 options = image.get("options")
                 self.program("gm", "convert", page, picture, options=options)
-            self.program(
-                "pdftotext", "-enc", "UTF-8", "-layout", "-q", page, f"{name}.txt"
-            )
+            text = f"{name}.txt"
+            self.program("pdftotext", "-enc", "UTF-8", "-layout", "-q", page, text)
             os.unlink(page)
         path = f"{self.file_name}.tar"
         pack(path, sorted(os.listdir()))
@@ -1755,6 +1797,8 @@ def unpack(path: str) -> list[str]:
             source = archive.extractfile(member) if member.isfile() else None
             if source:
                 names.append(os.path.basename(member.name))
+                if os.path.exists(names[-1]):
+                    raise ActionFailed(f"two inputs are named alike: {names[-1]}")
                 with open(names[-1], "wb") as target:
                     shutil.copyfileobj(source, target, READ_SIZE)
     return names
@@ -3292,6 +3336,7 @@ class Unit:
         """What GET /status says of it while it runs."""
         keys = ("id", "job_id", "action", "stage", "pid")
         fields = {key: getattr(self, key) for key in keys}
+        fields["action"] = self.action[:200]  # it may be of any length
         return {**fields, "seconds": round(self.seconds(), 3)}
 
 
@@ -3939,9 +3984,11 @@ polyline, svg line { vector-effect: non-scaling-stroke }
 PAGE_SCRIPT = """
 setInterval(async () => {
   try {
-    const answer = await fetch(location.href, { cache: "no-store" });
-    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-    document.querySelector("main").replaceWith(fresh.querySelector("main"));
+    const place = location.origin + location.pathname;  // without a password
+    const answer = await fetch(place, { cache: "no-store" });
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (!answer.ok) throw answer.status;
+    document.querySelector("main").replaceWith(page.querySelector("main"));
     document.body.className = "";
   } catch { document.body.className = "stale"; }
 }, 5000);
@@ -4005,7 +4052,7 @@ def draw_facts(status: Json, details: Json) -> str:
     when = f"answered {ago(answered)} ago" if answered is not None else "never answered"
     work = "taken"
     if status["overloaded"]:
-        work = f"refused for {ago(details['refused_for'])}: {status['reason']}"
+        work = f"refused for {ago(details['refused_for'] or 0)}: {status['reason']}"
     rows = (
         ("Work", work, status["overloaded"]),
         ("Central", f"{central['url']}, {when}", False),
@@ -5385,7 +5432,7 @@ class LocalRun:
         self.quiet: bool = arguments.quiet
         self.fail_fast: bool = arguments.fail_fast
         self.output: str | None = arguments.output
-        if self.output:
+        if self.output is not None:
             check_output(self.output)
         self.action = action
         self.began = time.monotonic()
@@ -5421,14 +5468,17 @@ class LocalRun:
             print(json.dumps(outputs, ensure_ascii=not is_utf8))
             return
         data = json.dumps(outputs, ensure_ascii=False).encode() + b"\n"
+        for number in self.SIGNALS:  # who reads a pipe may never come
+            signal.signal(number, signal.SIG_DFL)
         try:
-            if os.path.isfile(self.output) or not os.path.exists(self.output):
-                write_file(self.output, data)
-            else:  # a pipe, a device
-                with open(self.output, "wb") as file:
-                    file.write(data)
+            with open(self.output, "wb") as file:
+                file.write(data)
         except OSError as error:
-            raise CrowdError(f"--output {self.output}: {error.strerror}") from None
+            print(json.dumps(outputs))  # perhaps of hours: rather here than nowhere
+            raise CrowdError(
+                f"--output {self.output}: {error.strerror}; so the outputs are on "
+                "standard output"
+            ) from None
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -5564,7 +5614,9 @@ def write_config(config: Config, path: str) -> None:
 
 def check_output(path: str) -> None:
     """Refuse a FILE that can't be written before any work is done for it."""
-    place = path if os.path.exists(path) else os.path.dirname(os.path.abspath(path))
+    place = path if os.path.exists(path) else os.path.dirname(os.path.realpath(path))
+    if not path:
+        raise UsageError("--output: FILE is empty")
     if os.path.isdir(path):
         raise UsageError(f"--output {path}: is a directory")
     if not os.path.exists(place):
@@ -5733,10 +5785,11 @@ def state_warnings(config: Config) -> list[str]:
     if os.stat(config.state_path).st_mode & 0o077:
         path = config.state_path
         found.append(f"state_path: others can look into {path}: chmod 700 {path}")
-    if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
-        found.append(f"clock: it stands before the day {PROGRAM} was written")
+    with contextlib.suppress(OSError):  # it may just be replaced
+        if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
+            found.append(f"clock: it stands before the day {PROGRAM} was written")
     for key in ("state_path", "temp_storage_path", "local_storage_path"):
-        path = os.path.realpath(getattr(config, key))
+        path = os.path.realpath(getattr(config, key)) + "/"
         if path.startswith(TEMPORARY_DIRECTORIES):
             found.append(
                 f"{key}: {path} is in a directory that the system empties now and "
@@ -6102,7 +6155,9 @@ def print_status(status: Json) -> None:
     ]  # fmt: skip
     for unit in status["running"]:
         of = f"unit {unit['id']:<8} {unit['action']:<16} {unit['stage']:<8}"
-        rows.append(("", f"{of} process {unit['pid']:<8} {ago(unit['seconds'])}", ""))
+        rows.append(
+            ("", f"{of} process {unit['pid'] or '':<8} {ago(unit['seconds'])}", "")
+        )
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for name, value, colour in rows:
         if value and colour and in_colour:
@@ -6123,6 +6178,8 @@ def write_stubs(config: Config, directory: str) -> int:
     """--stubs: the Ruby class of each action, for central's actions directory.
 
     What stands there and is not from here is left alone.  Raises CrowdError."""
+    if not directory:
+        raise UsageError("--stubs: DIR is empty")
     loader = ActionLoader(config)
     actions = loader.load()
     for level, sentence in loader.problems:
@@ -6141,9 +6198,8 @@ def write_stubs(config: Config, directory: str) -> int:
             write_file(path, stub)
             print(path)
     except OSError as error:
-        raise CrowdError(
-            f"--stubs {directory}: can't write {error.filename}: {error.strerror}"
-        ) from None
+        where = error.filename or directory
+        raise CrowdError(f"--stubs: can't write {where}: {error.strerror}") from None
     return status
 
 
@@ -6191,7 +6247,8 @@ def check_central(config: Config) -> list[tuple[str, str]]:
         )
         return [("error", sentence)]
     found = [("ok", f"{name} answers")]
-    with contextlib.suppress(TypeError, ValueError):  # Thin, for one, tells no time
+    # Thin, for one, tells no time.
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         from email.utils import parsedate_to_datetime
 
         off = now - parsedate_to_datetime(date or "").timestamp()
@@ -6379,9 +6436,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     import_node_modules()
     if arguments.check:
         return check(config)
-    if arguments.stubs:
+    if arguments.stubs is not None:
         return write_stubs(config, arguments.stubs)
-    if arguments.run:
+    if arguments.run is not None:
         return run_job(config, arguments)
     return run_in_foreground(config, load, arguments.attended)
 

@@ -886,7 +886,7 @@ class FirstRun(CrowdTest):
             process.kill()
         wait_for(lambda: not our_processes(), "nothing is left")
 
-    def test_outputs_go_to_a_file_that_is_whole_or_as_it_was(self) -> None:
+    def test_outputs_go_to_a_file_or_device_that_can_be_written(self) -> None:
         directory, options = self.with_actions(broken=BROKEN)
         path = os.path.join(directory, "result.json")
         done = self.job("--output", path, "--strings", "--run", "word_count", "a b")
@@ -896,12 +896,25 @@ class FirstRun(CrowdTest):
         for place, message in (
             (directory, "is a directory"),
             (f"{directory}/no/such", "there is no directory"),
+            ("", "FILE is empty"),
         ):
             done = self.job("--output", place, "--run", "word_count", "LICENSE")
             self.assertEqual(done.returncode, 2)
-            self.assertIn(f"--output {place}: {message}", done.stderr)
+            self.assertIn(message, done.stderr)
         done = self.job("--output", "/dev/stdout", "--run", "word_count", "LICENSE")
         self.assertEqual((done.returncode, len(json.loads(done.stdout))), (0, 1))
+        os.chmod(path, 0o600)
+        link = os.path.join(directory, "link")
+        os.symlink(path, link)
+        self.job("--output", link, "--strings", "--run", "word_count", "a b c")
+        self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), 0o600)
+        with open(path) as file:
+            self.assertEqual(json.load(file), [3])
+        if os.path.exists("/dev/full"):
+            full = ["--output", "/dev/full", "--run", "word_count", "LICENSE"]
+            done = self.job(*full)
+            self.assertEqual((done.returncode, len(json.loads(done.stdout))), (1, 1))
+            self.assertIn("No space left on device; so the outputs are", done.stderr)
 
     def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
         _, options = self.with_actions(broken=BROKEN)
@@ -932,6 +945,9 @@ class FirstRun(CrowdTest):
         done = self.job(*options, "--stubs", place)
         self.assertEqual(done.returncode, 1)
         self.assertIn("word_count.rb: is not of --stubs; left alone", done.stderr)
+        done = self.job("--stubs", "")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--stubs: DIR is empty", done.stderr)
 
     def programs(self, **texts: str) -> str:
         """A directory with programs, shell scripts, for PATH."""
@@ -967,6 +983,7 @@ class FirstRun(CrowdTest):
                          ["LICENSE_a.gif", "LICENSE_b.png"])  # fmt: skip
         for odd, message in (
             ({"input": "c"}, "its input c is no earlier step"),
+            ({"input": ["c"]}, "its input ['c'] is no earlier step"),
             ({"extension": "../x"}, "of letters, digits, _ and -"),
             ({"options": "'"}, "No closing quotation"),
         ):
@@ -1003,6 +1020,16 @@ class FirstRun(CrowdTest):
         small = [f"LICENSE/images/small/LICENSE_0000{n}.gif" for n in (1, 2, 3)]
         wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
         self.assertEqual(sorted(files), wanted)
+        alike = os.path.join(self.directory(), "LICENSE")
+        shutil.copyfile(os.path.join(HERE, "LICENSE"), alike)
+        store = ["--set", f"local_storage_path={self.directory()}"]
+        done = self.job(*store, "--run", "process_pdfs", "LICENSE", alike, path=path)
+        self.assertEqual((done.returncode, done.stdout), (1, "[]\n"))
+        self.assertIn("two inputs are named alike: LICENSE_00001.txt", done.stderr)
+        odd = json.dumps({"images": [{"name": "10000", "extension": "gif"}]})
+        job = [*store, "--run", "process_pdfs", "LICENSE", "--options", odd]
+        done = self.job(*job, path=path)
+        self.assertIn("the image name 10000 is like a page's", done.stderr)
 
     def test_the_examples_of_the_readme_work(self) -> None:
         directory = self.directory()
@@ -2313,7 +2340,7 @@ class Bucket(CrowdTest):
     def settings(self, url: str, **more: str) -> dict[str, Any]:
         return {
             "storage": "s3",
-            "s3_bucket": "b",
+            "s3_bucket": "the-bucket",
             "aws_access_key": "AKIAIOSFODNN7EXAMPLE",
             "aws_secret_key": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
             "s3_endpoint": url,
@@ -2327,9 +2354,9 @@ class Bucket(CrowdTest):
             actions={"mixed.py": saver}, constants={"S3_WAITS": (0,)},
             **self.settings(url),
         )  # fmt: skip
-        self.assertEqual(calls[0][:2], ("GET", "/b?list-type=2&max-keys=0"))
+        self.assertEqual(calls[0][:2], ("GET", "/the-bucket?list-type=2&max-keys=0"))
         status, saved = node.do(unit(1, "mixed", options={"do": "saved"}))
-        path = "/b/mixed/job_1/unit_1/a%20%2Bresult%25.txt"
+        path = "/the-bucket/mixed/job_1/unit_1/a%20%2Bresult%25.txt"
         self.assertEqual((status, saved), ("succeeded", url + path))
         method, where, headers, body = calls[-1]
         self.assertEqual((method, where, body), ("PUT", path, b"saved"))
@@ -2349,7 +2376,7 @@ class Bucket(CrowdTest):
         os.kill(node.pid, signal.SIGHUP)
         wait_for(lambda: node.said("reloaded"), "a reload")
         status, saved = node.do(unit(4, "mixed", options={"do": "saved"}))
-        self.assertEqual(calls[-1][2]["x-amz-acl"], "private")
+        self.assertNotIn("x-amz-acl", calls[-1][2])
         for field in ("Expires=86400", "SignedHeaders=host", r"Signature=\w{64}$"):
             self.assertRegex(saved, rf"\.txt\?.*X-Amz-{field}")
 
@@ -2375,14 +2402,14 @@ class Bucket(CrowdTest):
             "aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404",
         )
         self.assertEqual(
-            store.base + store.prefix, "https://b.s3.us-east-1.amazonaws.com"
+            store.base + store.prefix, "https://the-bucket.s3.us-east-1.amazonaws.com"
         )
 
     def test_a_wrong_key_or_bucket_is_said_at_the_start_by_its_name(self) -> None:
         url, _ = self.bucket()
         hasty = {"S3_WAITS": (0,)}
         for code, message in (
-            ("NoSuchBucket", "s3_bucket = b: S3 answered 404 NoSuchBucket"),
+            ("NoSuchBucket", "s3_bucket = the-bucket: S3 answered 404 NoSuchBucket"),
             ("InvalidAccessKeyId", "aws_access_key = AKIAIOSFODNN7EXAMPLE: "),
         ):
             self.answers = [(404, code)]
@@ -2393,6 +2420,24 @@ class Bucket(CrowdTest):
         away = self.settings("http://127.0.0.1:1")
         done = self.prepared(constants=hasty, **away).run("--check")
         self.assertIn("s3_endpoint = http://127.0.0.1:1: ", done.stdout)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def talk() -> None:
+                for _ in hasty["S3_WAITS"] + (0,):
+                    with listener.accept()[0] as connection:
+                        connection.recv(10000)
+                        connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+            thread = threading.Thread(target=talk, daemon=True)
+            thread.start()
+            odd = self.settings(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            done = self.prepared(constants=hasty, **odd).run("--check")
+            thread.join(DEADLINE)
+        self.assertIn("SSH-2.0", done.stdout)
+        self.assertNotIn("Traceback", done.stderr)
+        self.answers = [(301, "PermanentRedirect")]
+        done = self.prepared(**self.settings(url)).run("--check")
+        self.assertIn("s3_region = us-east-1: S3 answered 301", done.stdout)
         done = self.prepared(**self.settings(url, s3_bucket="")).run()
         self.assertEqual(done.returncode, 2)
         self.assertIn("storage = s3: needs s3_bucket too", done.stderr)
