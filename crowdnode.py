@@ -5442,12 +5442,13 @@ class LocalRun:
         self.central = LocalCentral(self.config, action, stages, options)
         self.node: subprocess.Popen[bytes] | None = None
         self.told = 0  # failures that were printed
+        self.interrupted = False  # or done: no signal counts any more
 
     def run(self, inputs: list[str]) -> int:
         """Do the job; print its outputs.  Returns the exit status."""
         for number in self.SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                signal.signal(number, signal.default_int_handler)
+                signal.signal(number, self._interrupt)
         try:
             self.config.central_server = f"http://127.0.0.1:{self.central.start()}"
             write_config(self.config, self._path("crowdnode.conf"))
@@ -5457,10 +5458,19 @@ class LocalRun:
             self._say("interrupted")
             return EXIT_INTERRUPTED
         finally:
-            self._clean_up()
+            try:
+                self._clean_up()
+            except KeyboardInterrupt:  # there is no second one
+                self._clean_up()
         if not self.fail_fast or not self.central.failures:
             self._deliver(self.central.outputs())
         return EXIT_FAILED if self.central.failures else EXIT_OK
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """The first signal ends the job; people press Ctrl-C more than once."""
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
 
     def _deliver(self, outputs: list[Any]) -> None:
         if self.output is None:
@@ -5469,7 +5479,8 @@ class LocalRun:
             return
         data = json.dumps(outputs, ensure_ascii=False).encode() + b"\n"
         for number in self.SIGNALS:  # who reads a pipe may never come
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) == self._interrupt:
+                signal.signal(number, signal.SIG_DFL)
         try:
             with open(self.output, "wb") as file:
                 file.write(data)
@@ -5576,8 +5587,7 @@ class LocalRun:
 
     def _clean_up(self) -> None:
         """Nothing is left: no process, no file, however impatient a person is."""
-        for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        self.interrupted = True
         if self.node:
             self.node.terminate()
             try:
