@@ -3434,12 +3434,12 @@ class Units:
         with self.changed:
             self.counts[kind] += 1
 
-    def _note(self, entry: Unit, kind: str, seconds: float, output: bytes) -> None:
+    def _note(self, entry: Unit, kind: str, seconds: float, reason: str) -> None:
         """Remember an outcome for the page and the metrics.
 
         Not by any name that comes: each makes a series that Prometheus keeps."""
-        reason = "" if kind == "succeeded" else str(json.loads(output)["output"])
-        known = entry.action in self.node.enabled_actions
+        link = self.node.link
+        known = link is not None and entry.action in link.actions
         key = entry.action if known else "unknown", entry.stage
         with self.changed:
             self.counts[kind] += 1
@@ -3632,8 +3632,9 @@ class Units:
                 return
         if not entry.told:
             entry.told = True
-            self._note(entry, kind, float(seconds), output)
-            self._log_outcome(entry, kind, seconds, output)
+            reason = "" if kind == "succeeded" else str(json.loads(output)["output"])
+            self._note(entry, kind, float(seconds), reason)
+            self._log_outcome(entry, kind, float(seconds), reason)
         try:
             self.node.central.report(entry, status, seconds, output)
             self.tally("reported")
@@ -3697,15 +3698,15 @@ class Units:
             os.truncate(path, read_file(path).rfind(b"\n") + 1)
             append_to_record(path, line)
 
-    def _log_outcome(self, entry: Unit, kind: str, seconds: str, output: bytes) -> None:
+    def _log_outcome(self, entry: Unit, kind: str, seconds: float, reason: str) -> None:
         with contextlib.suppress(OSError):
             path = self._path(entry) + ".out"
             if os.stat(path).st_size:
                 log_output(f"worker[{entry.pid}]", read_file(path, OUTPUT_TAIL))
-        why = "" if kind == "succeeded" else f": {json.loads(output)['output']}"
+        why = "" if kind == "succeeded" else f": {reason}"
         verb = kind.replace("_", " ")
         log.info("%s, worker %s, %s after %.3f s%s", entry, entry.pid, verb,
-                 float(seconds), why[:MESSAGE_TAIL])  # fmt: skip
+                 seconds, why[:MESSAGE_TAIL])  # fmt: skip
 
     def _remove(self, entry: Unit) -> None:
         """Forget *entry*: its work directory, what it printed, its record."""
