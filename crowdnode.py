@@ -4656,12 +4656,11 @@ class Node:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, NODE_SIGNALS)
         try:
             self.start()
-        except BaseException as error:
-            self.stopping = True
-            if self.link:
-                self.link.finish()
-            if isinstance(error, KeyboardInterrupt):
-                raise CrowdError(f"stopped by {error} while starting") from None
+        except KeyboardInterrupt as error:
+            self.give_up_starting()
+            raise CrowdError(f"stopped by {error} while starting") from None
+        except BaseException:
+            self.abandon()
             raise
         log.info(
             "crowdnode %s, %s port %d, has checked in with %s; actions: %s",
@@ -4722,6 +4721,21 @@ class Node:
     def stop_starting(self, number: int, frame: Any) -> None:
         """The start may wait for minutes: for modules that load, for central."""
         raise KeyboardInterrupt(signal_name(number))
+
+    def give_up_starting(self) -> None:
+        """A signal came: if there are units already, this is a stop like any other."""
+        self.trap_signals(lambda number, frame: None)
+        self.next_signal(0)
+        if self.units.by_name:
+            self.shut_down()
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Have the fork server end with its last worker; the next node adopts them."""
+        self.stopping = True
+        if self.link:
+            self.link.finish()
 
     def next_signal(self, seconds: float | None = None) -> int | None:
         """Wait for a signal; None where none comes in time."""

@@ -161,6 +161,7 @@ class Central:
         self.heartbeat = b"buh-bump"
         self.date = ""  # Thin, CloudCrowd's server, sends none
         self.port = 0
+        self.held: socket.socket | None = None
         self.start()
 
     @property
@@ -187,6 +188,8 @@ class Central:
             def handle_error(self, *_: Any) -> None:
                 pass
 
+        if self.held:
+            self.held.close()
         self.server = Server(("127.0.0.1", self.port), Handler)
         self.port = self.server.server_address[1]
         threading.Thread(
@@ -194,9 +197,18 @@ class Central:
         ).start()
 
     def stop(self) -> None:
-        """Be away: connections are refused."""
+        """Be away: connections are refused, by nobody else who might get the port."""
         self.server.shutdown()
         self.server.server_close()
+        self.held = socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind(("127.0.0.1", self.port))
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        if self.held:
+            self.held.close()
 
     def handle(self, handler: Any) -> None:
         length = int(handler.headers.get("Content-Length") or 0)
@@ -564,7 +576,7 @@ class CrowdTest(unittest.TestCase):
 
     def central(self, **options: Any) -> Central:
         central = Central(**options)
-        self.addCleanup(central.stop)
+        self.addCleanup(central.close)
         return central
 
     def node(self, central: Central | None = None, **options: Any) -> NodeProcess:
@@ -646,7 +658,7 @@ class SharedNode(CrowdTest):
     @classmethod
     def tearDownClass(cls) -> None:
         cls.shared.destroy()
-        cls.shared_central.stop()
+        cls.shared_central.close()
 
     def run(self, result: unittest.TestResult | None = None) -> Any:
         return unittest.TestCase.run(self, result)
@@ -1212,6 +1224,32 @@ class CheckIn(CrowdTest):
         node.start()
         self.assertEqual(central.outcome(7), ("succeeded", "x"))
         self.assertEqual(central.reports(7)[0]["pid"], str(pids[0]))
+
+    def test_a_stop_before_that_answer_ends_what_was_taken(self) -> None:
+        central = self.central()
+        node = self.prepared(central, drain_time=30)
+        pids: list[int] = []
+        over = threading.Event()
+        self.addCleanup(over.set)
+
+        def answer(method: str, path: str, fields: Fields) -> int | None:
+            if method == "PUT" and not pids:
+                pids.append(node.take(unit(7, "sleeper", "60")))
+                over.wait(DEADLINE)
+            return None
+
+        central.answer = answer
+        node.start(wait=False)
+        wait_for(lambda: pids, "a worker runs")
+        assert node.process
+        node.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: node.said("1 units are running"), "it waits for the unit")
+        node.process.send_signal(signal.SIGTERM)
+        self.assertEqual(node.process.wait(DEADLINE), 1)
+        self.assertFalse(alive(pids[0]))
+        self.assertEqual(central.calls[-1][0], "DELETE")
+        self.assertEqual(central.reports(7), [], "central has given it to another")
+        self.assertEqual(node.units(), [])
 
     def test_both_sides_use_the_password(self) -> None:
         central = self.central(login="ali ce:s3cr:et")
