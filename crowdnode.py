@@ -2233,37 +2233,194 @@ def encoded_failure(message: str) -> bytes:
 # ---------------------------------------------------------------------------
 
 
+class LineChannel:
+    """Messages over the fork server's end of the socket pair, without ever waiting."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.open = True  # the node may send more
+        self.to_send = bytearray()
+        self._received = bytearray()
+        os.set_blocking(descriptor, False)
+
+    def receive(self) -> list[list[Any]]:
+        """The messages that are complete by now."""
+        try:
+            data = os.read(self.descriptor, READ_SIZE)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            data = b""
+        self.open = bool(data)
+        if b"\n" not in data:
+            self._received += data
+            return []
+        *lines, rest = (bytes(self._received) + data).split(b"\n")
+        self._received = bytearray(rest)
+        return [json.loads(line) for line in lines]
+
+    def send(self, *message: Any) -> None:
+        """Have a message sent by the next flush()."""
+        self.to_send += json.dumps(message).encode() + b"\n"
+
+    def flush(self) -> None:
+        """Send what the node has room for."""
+        try:
+            while self.to_send:
+                del self.to_send[: os.write(self.descriptor, self.to_send)]
+        except BlockingIOError:
+            pass
+        except ConnectionError:  # the node has gone; what it should know is on disk
+            self.to_send.clear()
+        except OSError:  # no buffers, say: the next flush tries again
+            time.sleep(ERROR_PAUSE)
+
+
+class Deadlines:
+    """The time limits of workers: TERM, and a little later KILL."""
+
+    def __init__(self, workers: dict[int, Worker]) -> None:
+        self.workers = workers  # the fork server's
+        self._heap: list[tuple[float, int, int]] = []  # (when, pid, signal)
+
+    def set(self, pid: int, when: float, number: int = signal.SIGTERM) -> None:
+        """Have the worker *pid* ended at *when*, a monotonic time."""
+        self.workers[pid].deadline = when
+        heapq.heappush(self._heap, (when, pid, number))
+
+    def next(self) -> float | None:
+        """When the next is due."""
+        return self._heap[0][0] if self._heap else None
+
+    def enforce(self) -> None:
+        """Signal the workers that are over their time."""
+        now = time.monotonic()
+        while self._heap and self._heap[0][0] <= now:
+            when, pid, number = heapq.heappop(self._heap)
+            if not self._holds(when, pid):
+                continue
+            self.workers[pid].timed_out = True
+            kill_worker(pid, number)
+            if number == signal.SIGTERM:
+                self.set(pid, now + KILL_GRACE, signal.SIGKILL)
+
+    def forget_ended(self) -> None:
+        """Drop those of workers that have ended, once they are many: they might be
+        days away."""
+        if len(self._heap) > 2 * len(self.workers) + 100:
+            self._heap = [item for item in self._heap if self._holds(*item[:2])]
+            heapq.heapify(self._heap)
+
+    def _holds(self, when: float, pid: int) -> bool:
+        worker = self.workers.get(pid)
+        return worker is not None and worker.deadline == when  # it is not another's pid
+
+
+class Leftovers:
+    """What workers leave running is ended: their process groups, and daemons."""
+
+    def __init__(self) -> None:
+        self.own = children()  # processes that the actions' modules have started
+        self.prctl = load_prctl()
+        self.look_at: float | None = None  # when to look for daemons
+
+    def inherit(self) -> None:
+        """Have a descendant that loses its parent become this process's child, so that
+        a daemon that a unit has left can be found; prctl(2), on Linux alone."""
+        if self.prctl:
+            self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def of(self, pid: int, wait_status: int) -> None:
+        """The child *pid* has ended: end its group, and look for daemons soon."""
+        if wait_status or not self.prctl:  # else it is found, if there is any
+            kill_group(pid, signal.SIGKILL)
+        if self.look_at is None:
+            self.look_at = time.monotonic() + LOOK_INTERVAL
+
+    def is_due(self) -> bool:
+        """Is it time for end()?"""
+        return self.look_at is not None and self.look_at <= time.monotonic()
+
+    def end(self, workers: Iterable[int]) -> None:
+        """End every child but *workers*; the end of one is a reason to look again."""
+        end_children({*workers, *self.own})
+        self.look_at = None
+
+
+class OomScore:
+    """Linux's measure of whom the kernel ends when memory runs out.
+
+    A worker is born as the first of all: to say so itself would cost it four times as
+    much."""
+
+    def __init__(self) -> None:
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open("/proc/self/oom_score_adj", os.O_RDWR)
+            self._usual = os.read(self._descriptor, 100)
+        except OSError:
+            pass  # no Linux
+
+    def set(self, is_worker: bool) -> None:
+        """What a process has that is forked from now on."""
+        if self._descriptor >= 0:
+            try:
+                os.pwrite(self._descriptor, b"1000" if is_worker else self._usual, 0)
+            except OSError:
+                pass  # it may not be lowered again, by some security module
+
+    def close(self) -> None:
+        """A worker has no use for it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
 class ForkServer:
     """Forks a worker for each unit, reaps it, and ends it at its time limit.
 
     When the node has gone, or has closed its side, it takes no more units, stays
     until the last worker has ended, and exits."""
 
-    def __init__(self, link: int) -> None:
-        self.link = link
-        self.children: dict[int, Worker] = {}  # by pid
-        self.deadlines: list[tuple[float, int, int]] = []  # heap: (when, pid, signal)
-        self.received = bytearray()
-        self.to_send = bytearray()
-        self.open = True  # the node may send more
-        self.config = Config({})
-        self.actions: dict[str, type[Action]] = {}
-        self.own: list[int] = []  # processes that the actions' modules have started
-        self.prctl: Callable[..., int] | None = None
-        self.oom_score = -1  # a descriptor
-        self.usual_score = b"0"
-        self.look_again: float | None = None  # when to look for what workers have left
+    def __init__(self, node: LineChannel, config: Config) -> None:
+        """Loads the actions; from here on the process grows as little as it can."""
+        import gc
 
-    def serve(self) -> None:
-        """Run until the node has gone and the last worker has ended."""
+        self.node = node
+        self.config = config
+        self.workers: dict[int, Worker] = {}  # by pid
+        self.deadlines = Deadlines(self.workers)
+        self.wake, self.wake_writer = self._trap_signals()
+        loader = ActionLoader(config)
+        self.actions = loader.load()
+        self.limits = {name: Limits(config, name) for name in ("", *self.actions)}
+        self.store = STORES[config.storage](config)
+        if running_threads():
+            import warnings  # what it would say has been said better, as a problem
+
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
+        self.leftovers = Leftovers()
+        self.leftovers.inherit()
+        self.oom_score = OomScore()
+        stages = {name: stages_of(action) for name, action in self.actions.items()}
+        self.node.send("ready", stages, loader.problems)
+        self.node.flush()
+        gc.collect()
+        gc.freeze()  # or the first collection in a worker would copy every page
+
+    def _trap_signals(self) -> tuple[int, int]:
+        """A pipe that is written to at each SIGCHLD."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self.wake, self.wake_writer = os.pipe()
-        for descriptor in (self.link, self.wake, self.wake_writer):
-            os.set_blocking(descriptor, False)
-        signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
-        while self.open or self.children or self.look_again is not None:
+        wake, writer = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        return wake, writer
+
+    def serve(self) -> None:
+        """Run until the node has gone and the last worker has ended."""
+        while self.node.open or self.workers or self.leftovers.look_at is not None:
             try:
                 self.step()
             except OSError as error:  # none that is known of; all the same, go on
@@ -2273,96 +2430,36 @@ class ForkServer:
 
     def step(self) -> None:
         """Wait for one event and do what it asks for."""
-        wanted = [self.wake, self.link] if self.open else [self.wake]
-        sending = [self.link] if self.to_send else []
+        node = self.node.descriptor
+        wanted = [self.wake, node] if self.node.open else [self.wake]
+        sending = [node] if self.node.to_send else []
         readable, _, _ = select.select(wanted, sending, [], self._patience())
         if self.wake in readable:
             os.read(self.wake, 4096)
             self._reap()
-        self._keep_time()
-        self._look_after_workers()
-        if self.link in readable:
-            self._receive()
-        self._send_all()
+        self.deadlines.enforce()
+        if self.leftovers.is_due():
+            self._reap()
+            self.leftovers.end(self.workers)
+        if node in readable:
+            for message in self.node.receive():
+                self.handle(message)
+        self.node.flush()
 
     def _patience(self) -> float | None:
-        times = [self.deadlines[0][0]] if self.deadlines else []
-        if self.look_again is not None:
-            times.append(self.look_again)
-        return max(0.0, min(times) - time.monotonic()) if times else None
-
-    def _receive(self) -> None:
-        try:
-            data = os.read(self.link, READ_SIZE)
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            data = b""
-        self.open = bool(data)
-        if b"\n" not in data:
-            self.received += data
-            return
-        *lines, rest = (bytes(self.received) + data).split(b"\n")
-        self.received = bytearray(rest)
-        for line in lines:
-            self.handle(json.loads(line))
-
-    def _send(self, *message: Any) -> None:
-        self.to_send += json.dumps(message).encode() + b"\n"
-
-    def _send_all(self) -> None:
-        try:
-            while self.to_send:
-                del self.to_send[: os.write(self.link, self.to_send)]
-        except BlockingIOError:
-            pass
-        except ConnectionError:  # the node has gone; what it should know is on disk
-            self.to_send.clear()
-        except OSError:  # no buffers, say: the next step tries again
-            time.sleep(ERROR_PAUSE)
+        times = [self.deadlines.next(), self.leftovers.look_at]
+        known = [time for time in times if time is not None]
+        return max(0.0, min(known) - time.monotonic()) if known else None
 
     def handle(self, message: list[Any]) -> None:
         """Do what one message of the node asks for."""
         if message[0] == "unit":
             self.start(message[1], message[2])
         elif message[0] == "kill":
-            if message[1] in self.children:
+            if message[1] in self.workers:
                 kill_worker(message[1], message[2])
         elif message[0] == "try":
-            self._send("tried", self._try())
-        elif message[0] == "configure":
-            self.configure(Config(message[1]))
-
-    def configure(self, config: Config) -> None:
-        """Load the actions; from here on the process grows as little as it can."""
-        import gc
-
-        self.config = config
-        loader = ActionLoader(config)
-        self.actions = loader.load()
-        self.limits = {name: Limits(config, name) for name in ("", *self.actions)}
-        self.store = STORES[config.storage](config)
-        if running_threads():
-            import warnings  # what it would say has been said better, as a problem
-
-            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
-        self.own, self.prctl = children(), load_prctl()
-        self.become_subreaper()
-        try:
-            self.oom_score = os.open("/proc/self/oom_score_adj", os.O_RDWR)
-            self.usual_score = os.read(self.oom_score, 100)
-        except OSError:
-            pass  # no Linux
-        stages = {name: stages_of(action) for name, action in self.actions.items()}
-        self._send("ready", stages, loader.problems)
-        gc.collect()
-        gc.freeze()  # or the first collection in a worker would copy every page
-
-    def become_subreaper(self) -> None:
-        """Have a descendant that loses its parent become this process's child, so that
-        a daemon that a unit has left can be ended; prctl(2), on Linux alone."""
-        if self.prctl:
-            self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            self.node.send("tried", self._try())
 
     def start(self, head: str, unit: Json) -> None:
         """Accept *unit*: write its record, fork its worker, say its pid."""
@@ -2377,74 +2474,57 @@ class ForkServer:
             pid = self._fork()
             if pid == 0:
                 self._become(worker)
-            self.children[pid] = worker
+            self.workers[pid] = worker
             if limits.time:
-                deadline = time.monotonic() + limits.time
-                self._set_deadline(pid, worker, deadline, signal.SIGTERM)
+                self.deadlines.set(pid, time.monotonic() + limits.time)
             write_all(worker.record, b"pid %d\n" % pid)
-            self.to_send += b'["started","%s",%d]\n' % (worker.id, pid)
+            self.node.to_send += b'["started","%s",%d]\n' % (worker.id, pid)
         except FileExistsError:
-            self._send("exists", unit["id"])
+            self.node.send("exists", unit["id"])
         except OSError as error:
             self._refuse(unit, worker.path, error)
         finally:
             worker.let_go()
 
     def _fork(self) -> int:
-        """Fork a worker, the first that the kernel may end when memory runs out.
-
-        It is born as that: to say so itself would cost it four times as much."""
-        self._set_oom_score(b"1000")
+        self.oom_score.set(is_worker=True)
+        pid = -1
         try:
             pid = os.fork()
-        except OSError:
-            self._set_oom_score(self.usual_score)
-            raise
-        if pid:
-            self._set_oom_score(self.usual_score)
+        finally:
+            if pid:
+                self.oom_score.set(is_worker=False)
         return pid
-
-    def _set_oom_score(self, score: bytes) -> None:
-        if self.oom_score >= 0:
-            try:
-                os.pwrite(self.oom_score, score, 0)
-            except OSError:
-                pass  # it may not be lowered again, by some security module
-
-    def _refuse(self, unit: Json, path: str, error: OSError) -> None:
-        """Undo the start of *unit*: its record, and its worker if there is one."""
-        for pid, worker in list(self.children.items()):
-            if worker.unit is unit:
-                kill_worker(pid, signal.SIGKILL)
-                del self.children[pid]  # its end is nobody's business
-        try:
-            remove_file(path)
-            remove_file(f"{path}.out")
-        except OSError:
-            pass  # without a pid's line nobody will take it for accepted
-        self._send("refused", unit["id"], f"can't start a worker: {error.strerror}")
-
-    def _set_deadline(self, pid: int, child: Worker, when: float, number: int) -> None:
-        child.deadline = when
-        heapq.heappush(self.deadlines, (when, pid, number))
 
     def _become(self, worker: Worker) -> NoReturn:
         """The child's path: whatever happens, it ends here."""
         code = EXIT_FAILED
         try:
             signal.set_wakeup_fd(-1)
-            os.close(self.link)
+            os.close(self.node.descriptor)
             os.close(self.wake)
             os.close(self.wake_writer)
-            if self.oom_score >= 0:
-                os.close(self.oom_score)
-            self.become_subreaper()
+            self.oom_score.close()
+            self.leftovers.inherit()
             worker.run()
             code = EXIT_OK
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(code)
+
+    def _refuse(self, unit: Json, path: str, error: OSError) -> None:
+        """Undo the start of *unit*: its record, and its worker if there is one."""
+        for pid, worker in list(self.workers.items()):
+            if worker.unit is unit:
+                kill_worker(pid, signal.SIGKILL)
+                del self.workers[pid]  # its end is nobody's business
+        try:
+            remove_file(path)
+            remove_file(f"{path}.out")
+        except OSError:
+            pass  # without a pid's line nobody will take it for accepted
+        self.node.send("refused", unit["id"], f"can't start a worker: {error.strerror}")
 
     def _reap(self) -> None:
         """Say the end of every worker that has ended; end what it has left running."""
@@ -2455,49 +2535,16 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            worker = self.children.pop(pid, None)
+            worker = self.workers.pop(pid, None)
             if worker:
                 timed_out = b"true" if worker.timed_out else b"false"
-                self.to_send += b'["ended","%s",%d,%s]\n' % (
+                self.node.to_send += b'["ended","%s",%d,%s]\n' % (
                     worker.id, status, timed_out
                 )  # fmt: skip
-            if status or not self.prctl:  # else it is found, if there is any
-                kill_group(pid, signal.SIGKILL)
-            if self.look_again is None:
-                self.look_again = time.monotonic() + LOOK_INTERVAL
-            if len(self.deadlines) > 2 * len(self.children) + 100:
-                self._forget_deadlines()
-            if worker and not self.children:
+            self.leftovers.of(pid, status)
+            self.deadlines.forget_ended()
+            if worker and not self.workers:
                 return  # to ask whether there are more would raise, mostly
-
-    def _look_after_workers(self) -> None:
-        """End what workers have left: daemons, which are our children now."""
-        if self.look_again is not None and self.look_again <= time.monotonic():
-            self._reap()
-            end_children({*self.children, *self.own})
-            self.look_again = None  # the end of one is a reason to look again
-
-    def _forget_deadlines(self) -> None:
-        """Drop those of workers that have ended: they might be days away."""
-        self.deadlines = [
-            deadline
-            for deadline in self.deadlines
-            if deadline[1] in self.children
-            and self.children[deadline[1]].deadline == deadline[0]
-        ]
-        heapq.heapify(self.deadlines)
-
-    def _keep_time(self) -> None:
-        """TERM, and a little later KILL, for workers over their time limit."""
-        now = time.monotonic()
-        while self.deadlines and self.deadlines[0][0] <= now:
-            when, pid, number = heapq.heappop(self.deadlines)
-            child = self.children.get(pid)
-            if child and child.deadline == when:  # or another worker has its pid now
-                child.timed_out = True
-                kill_worker(pid, number)
-                if number == signal.SIGTERM:
-                    self._set_deadline(pid, child, now + KILL_GRACE, signal.SIGKILL)
 
     def _try(self) -> str | None:
         """Could a worker be started now?  The reason if not."""
@@ -2519,7 +2566,19 @@ class ForkServer:
 
 def run_fork_server(descriptor: int) -> int:
     """The fork server's main; *descriptor* is its end of the socket pair."""
-    ForkServer(descriptor).serve()
+    node = LineChannel(descriptor)
+    messages: list[list[Any]] = []
+    while node.open and not messages:
+        select.select([descriptor], [], [])
+        messages = node.receive()
+    if not messages:
+        return EXIT_OK
+    try:
+        server = ForkServer(node, Config(messages[0][1]))
+    except OSError as error:
+        print(f"can't start: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    server.serve()
     return EXIT_OK
 
 
