@@ -2354,7 +2354,7 @@ class OomScore:
     much."""
 
     def __init__(self) -> None:
-        self._descriptor = -1
+        self._descriptor, self._usual = -1, b"0"
         try:
             self._descriptor = os.open("/proc/self/oom_score_adj", os.O_RDWR)
             self._usual = os.read(self._descriptor, 100)

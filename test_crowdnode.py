@@ -3244,14 +3244,14 @@ class SystemCalls(CrowdTest):
                     self.fail_at(place, fault, scenario)
                 tried.add(place)
         self.assertGreater(len(tried), 30)
-        self.assertFalse(self.subject.said("Traceback"))
+        self.assertNotIn("Traceback", self.subject.log())
         self.assertEqual(self.subject.status()["fork_server"]["restarts"], 0)
 
     def test_each_can_fail_once_while_a_fork_server_is_replaced(self) -> None:
         for number, place in enumerate(self.places(self.orphaned)):
             self.fail_at(place, FAULTS[number % len(FAULTS)], self.orphaned)
         self.assertFalse(self.subject.said("no action named"))
-        self.assertFalse(self.subject.said("Traceback"))
+        self.assertNotIn("Traceback", self.subject.log())
 
 
 class Upgrade(CrowdTest):
