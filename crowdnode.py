@@ -180,6 +180,7 @@ EXIT_INTERRUPTED = 130
 RED, GREEN, YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
 
 PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
+NODE_SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
 
 FORM_SAFE = b"%% %s%s0123456789-._~" % (
@@ -209,9 +210,10 @@ class UsageError(CrowdError):
 class BadRequest(Exception):
     """A request that is at fault itself: *status* and a sentence for its sender."""
 
-    def __init__(self, sentence: str, status: int = 400) -> None:
+    def __init__(self, sentence: str, status: int = 400, header: str = "") -> None:
         super().__init__(sentence)
         self.status = status
+        self.header = header  # what goes with the answer, with its end of line
 
 
 class NodeOverloaded(Exception):
@@ -615,6 +617,7 @@ def stage_names(value: str) -> list[str]:
     return stages
 
 
+PLACE_KEYS = ("state_path", "host", "port", "bind")  # changed by a restart alone
 COMMAND_LINE = "command line"  # where a value stands that is in no file
 SIZE = decimal(1, 1_000_000, " (MB)")
 SECONDS = decimal(0.1, 10_000_000, " (seconds)")
@@ -730,6 +733,25 @@ class Config:
     def work_directory(self, action: str, unit_id: object) -> str:
         """Where the unit does its work; *action* has been found to be a plain name."""
         return os.path.join(self.temp_storage_path, action, f"unit_{unit_id}")
+
+    def arguments(self) -> list[str]:
+        """The arguments that say on a command line where this comes from."""
+        arguments = ["--config", self.file or ""]
+        for key, value in self.settings:
+            arguments += ["--set", f"{key}={value}"]
+        return arguments
+
+    def keep_place(self, place: Json) -> list[str]:
+        """Say what *place* does of where the node is; returns warnings."""
+        changed = [key for key in PLACE_KEYS if getattr(self, key) != place[key]]
+        for key in changed:
+            setattr(self, key, place[key])
+        self.units_path = self.state_file("units")
+        return [f"{key} has changed: that takes a restart" for key in changed]
+
+    def replace(self, new: Config) -> None:
+        """Say what *new* does, to all that have this: at a reload."""
+        self.__dict__.update(vars(new))
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -958,6 +980,13 @@ def command_output(name: str) -> str:
     return output.decode("utf-8", "replace")
 
 
+def free_memory() -> float | None:
+    """Megabytes of memory that nothing uses."""
+    if sys.platform == "darwin":
+        return parse_vm_stat(command_output("vm_stat"))
+    return linux_memory(SCRAPE_LINUX_MEMORY)
+
+
 def linux_memory(pattern: re.Pattern[str]) -> float | None:
     """Megabytes that *pattern* finds in this machine's /proc/meminfo."""
     try:
@@ -993,24 +1022,49 @@ class OtherVersion(OddRecord):
     """A record that another version of this program has written."""
 
 
+class Outcome:
+    """What came of a unit: status, seconds and JSON text as central is told them.
+
+    kind: what it counts as; a worker that left no outcome died or timed_out."""
+
+    def __init__(
+        self, status: str, seconds: str, output: bytes, kind: str = ""
+    ) -> None:
+        self.status = status
+        self.seconds = seconds
+        self.output = output
+        self.kind = kind or status
+
+    def reason(self) -> str:
+        """Why the unit failed; empty if it has not."""
+        if self.status == "succeeded":
+            return ""
+        return str(json.loads(self.output)["output"]).strip()
+
+
 class Record:
     """What a record says.
 
-    unit: id, job_id, action, stage, attempts, digest and started (seconds since 1970),
-    or None where the fork server died before it had written them.  outcome: status,
-    seconds and JSON text as central is told them."""
+    head: what the unit is, or None where the fork server died before it had written
+    that."""
 
     def __init__(self) -> None:
-        self.unit: Json | None = None
+        self.head: Json | None = None
         self.pid: int | None = None
-        self.outcome: tuple[str, str, bytes] | None = None
+        self.outcome: Outcome | None = None
         self.withdrawn = False
 
 
-def first_line(unit: Json, digest: str) -> str:
-    """The line that a record begins with."""
-    head = {key: unit[key] for key in ("id", "job_id", "action", "attempts")}
-    head.update(stage=STAGES[unit["status"]], digest=digest, started=time.time())
+def record_head(request: Json, digest: str) -> Json:
+    """What a record begins with, of a unit as central wrote it: id, job_id, action,
+    attempts, stage, digest, and started (seconds since 1970)."""
+    head = {key: request[key] for key in ("id", "job_id", "action", "attempts")}
+    head.update(stage=STAGES[request["status"]], digest=digest, started=time.time())
+    return head
+
+
+def first_line(head: Json) -> str:
+    """The line that says so."""
     return f"crowdnode-unit {RECORD_VERSION.decode()} {json.dumps(head)}\n"
 
 
@@ -1027,13 +1081,13 @@ def parse_record(data: bytes) -> Record:
                     raise OddRecord("it does not begin as a record does")
                 if version != RECORD_VERSION:
                     raise OtherVersion(f"it is of version {version.decode()}")
-                record.unit = parse_head(head)
+                record.head = parse_head(head)
             elif word == b"pid":
                 record.pid = int(rest)
             elif word in (b"succeeded", b"failed"):
                 seconds, _, output = rest.partition(b" ")
                 if output.endswith(b"}"):
-                    record.outcome = (word.decode(), seconds.decode(), output)
+                    record.outcome = Outcome(word.decode(), seconds.decode(), output)
                 elif line.endswith(WITHDRAWN.strip()):  # of a worker killed in writing
                     record.withdrawn = True
                 else:
@@ -1080,6 +1134,24 @@ def append_to_record(path: str, line: bytes) -> None:
         write_all(descriptor, line)
     finally:
         os.close(descriptor)
+
+
+def write_outcome(path: str, line: bytes) -> None:
+    """Write down, for a dead worker, what is reported of it.  Raises OSError."""
+    if os.path.exists(path):
+        os.truncate(path, read_file(path).rfind(b"\n") + 1)
+        append_to_record(path, line)
+
+
+def cut_back(path: str) -> None:
+    """Keep what a worker prints from filling the disk: its tail is enough."""
+    try:
+        if os.stat(path).st_size > OUTPUT_LIMIT:
+            tail = read_file(path, OUTPUT_TAIL)
+            os.truncate(path, 0)  # its writers append
+            append_to_record(path, tail)
+    except OSError:
+        pass  # it has just ended, or the next look does it
 
 
 # ---------------------------------------------------------------------------
@@ -2604,16 +2676,18 @@ class Central:
     def __init__(self, config: Config, port: int) -> None:
         self.config = config
         self.port = port
-        self.dialect = None if config.dialect == "auto" else config.dialect
+        self.found: str | None = None  # the dialect of the last check-in
         self.checked_in: float | None = None  # monotonic
         self.answered: float | None = None  # monotonic: when it last took a call
         self.error: str | None = None  # of the last call that failed, until one works
         # Without a proxy of the environment: central is a neighbour.
         no_proxy = urllib.request.ProxyHandler({})
         self._opener = urllib.request.build_opener(no_proxy, status_reader())
-        self._headers = {"User-Agent": f"crowdnode/{__version__}"}
-        if config.http_authentication:
-            self._headers["Authorization"] = basic_credentials(config)
+
+    @property
+    def dialect(self) -> str | None:
+        """What is spoken, as far as it is known."""
+        return self.found if self.config.dialect == "auto" else self.config.dialect
 
     def check_in(self, busy: bool, actions: list[str]) -> None:
         """Say that this node is here, and whether it takes work.
@@ -2634,8 +2708,7 @@ class Central:
                 if error.status != 500:
                     break
             else:
-                if self.config.dialect == "auto":
-                    self.dialect = dialect
+                self.found = dialect
                 self.checked_in = time.monotonic()
                 return
         raise failure
@@ -2646,18 +2719,18 @@ class Central:
         for dialect in dialects:  # an unknown node is no error
             self._call("DELETE", self._node_path(dialect), None, CHECK_OUT_TIMEOUT)
 
-    def report(self, unit: Unit, status: str, seconds: str, output: bytes) -> None:
-        """Report a unit's outcome; *output* is JSON text.
+    def report(self, name: str, pid: int | None, outcome: Outcome) -> None:
+        """Report what came of the unit *name*, which the worker *pid* did.
 
         Source of the fields and their order: wire/new-report-*.request."""
         fields = [
-            ("pid", b"%d" % (unit.pid or 0)),
-            ("id", str(unit.id).encode()),
-            ("time", seconds.encode()),
-            ("status", status.encode()),
-            ("output", output),
+            ("pid", b"%d" % (pid or 0)),
+            ("id", name.encode()),
+            ("time", outcome.seconds.encode()),
+            ("status", outcome.status.encode()),
+            ("output", outcome.output),
         ]
-        self._call("PUT", f"/work/{unit.id}", fields, self.config.report_timeout)
+        self._call("PUT", f"/work/{name}", fields, self.config.report_timeout)
 
     def heartbeat(self) -> tuple[bytes, str | None]:
         """Ask whether central is there: the beginning of what it says, and its time,
@@ -2691,7 +2764,10 @@ class Central:
     ) -> tuple[bytes, str | None]:
         data = form_encoded(fields) if fields else None
         url = self.config.central_server + path
-        request = urllib.request.Request(url, data, self._headers, method=method)
+        headers = {"User-Agent": f"crowdnode/{__version__}"}
+        if self.config.http_authentication:
+            headers["Authorization"] = basic_credentials(self.config)
+        request = urllib.request.Request(url, data, headers, method=method)
         try:
             with self._opener.open(request, timeout=timeout) as reply:
                 # The status says all: a 2xx was taken, whatever becomes of its body.
@@ -2825,8 +2901,8 @@ def basic_credentials(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------
-# Node, part one: its threads' tools.  A loop that no fault ends, the pool that
-# reports, the reasons to refuse work, the wire to the fork server.
+# Node, part one: its tools.  The log, threads, loops that no fault ends, signals, and
+# the reasons to refuse work.
 # ---------------------------------------------------------------------------
 
 log: logging.Logger  # set_up_log() makes it
@@ -2963,96 +3039,6 @@ class Backoff:
         return self.wait * random.uniform(0.8, 1.2)
 
 
-class Reporter:
-    """Delivers outcomes to central from a few threads, for as long as it takes.
-
-    *deliver* raises CentralError where central has not taken it."""
-
-    def __init__(self, deliver: Callable[[Unit], None]) -> None:
-        self.deliver = deliver
-        self.central_is_away = False
-        self._changed = threading.Condition()
-        self._ready: deque[Unit] = deque()
-        self._waiting: list[tuple[float, int, Unit]] = []  # heap: (when, tie, unit)
-        self._count = 0
-        self._stopped = False
-        self._threads = [
-            start_thread(self._run, name=f"reporter {number}")
-            for number in range(1, REPORTERS + 1)
-        ]
-
-    def put(self, unit: Unit) -> None:
-        """Have *unit* reported."""
-        with self._changed:
-            self._ready.append(unit)
-            self._changed.notify()
-
-    def stop(self, seconds: float) -> None:
-        """Begin no report any more; wait for those under way, for a while."""
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _run(self) -> None:
-        while True:
-            unit = self._next()
-            if unit is None:
-                return
-            try:
-                self.deliver(unit)
-            except CentralError as error:
-                self.central_is_away = error.refused
-                # It may have been taken, and a second report is not free.
-                wait = unit.backoff.failed(patient=not error.refused)
-                log.warning(
-                    "%s: central has not taken the report: %s; again in %.0f s",
-                    unit, error, wait,
-                )  # fmt: skip
-                self._put_off(unit, wait)
-            except OSError as error:
-                wait = unit.backoff.failed()
-                log.warning("%s: its record can't be read or written: %s; again in "
-                            "%.0f s", unit, error, wait)  # fmt: skip
-                self._put_off(unit, wait)
-            except Exception:
-                log.exception("%s: can't be reported; again in a minute", unit)
-                self._put_off(unit, RETRY_WAIT_LIMIT)
-            else:
-                self.central_is_away = False
-                self._wake_all()
-
-    def _next(self) -> Unit | None:
-        with self._changed:
-            while not self._ready or self._stopped:
-                if self._stopped:
-                    return None
-                patience = None
-                if self._waiting:
-                    patience = self._waiting[0][0] - time.monotonic()
-                if patience is not None and patience <= 0:
-                    return heapq.heappop(self._waiting)[2]
-                self._changed.wait(patience)
-            return self._ready.popleft()
-
-    def _put_off(self, unit: Unit, seconds: float) -> None:
-        with self._changed:
-            self._count += 1
-            due = time.monotonic() + seconds
-            heapq.heappush(self._waiting, (due, self._count, unit))
-            self._changed.notify()
-
-    def _wake_all(self) -> None:
-        """Central is back for one, so it is back for all."""
-        if self._waiting:
-            with self._changed:
-                self._ready.extend(unit for _, _, unit in sorted(self._waiting))
-                self._waiting.clear()
-                self._changed.notify_all()
-
-
 class Overload:
     """Why this node refuses work; calls over() when the last reason has gone."""
 
@@ -3111,6 +3097,78 @@ class Overload:
             log.warning("work is still refused: %s", self.reason)
 
 
+class Vitals:
+    """The machine's load average, and MB of its memory, held against the limits.
+
+    None: unknown, as to begin with."""
+
+    def __init__(self, config: Config, overload: Overload) -> None:
+        self.config = config
+        self.overload = overload
+        self.load_average: float | None = None
+        self.free_memory: float | None = None
+        self.available_memory: float | None = None
+        self._said: set[str] = set()  # keys for which there is no value here
+
+    def look(self) -> None:
+        """Read them anew; work is refused as long as a limit is passed."""
+        self.load_average = parse_load(command_output("uptime"))
+        self.free_memory = free_memory()
+        self.available_memory = linux_memory(SCRAPE_LINUX_AVAILABLE)
+        for key, now, direction, what in (
+            ("max_load", self.load_average, 1, "load average"),
+            ("min_free_memory", self.free_memory, -1, "MB of memory"),
+            ("min_available_memory", self.available_memory, -1, "MB of memory"),
+        ):
+            limit: float | None = getattr(self.config, key)
+            if now is None and limit:  # as long as that, all stays as it was
+                self._say_unknown(key)
+            elif now is not None and limit and (now - limit) * direction > 0:
+                self.overload.begin(key, f"{now:.2f} {what}, {key} is {limit:g}")
+            else:
+                self.overload.end(key)
+
+    def _say_unknown(self, key: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            log.warning("%s: this machine does not tell; it does nothing", key)
+
+
+class Signals:
+    """The signals that this process gets, one after the other.
+
+    Python writes their numbers into a pipe, in whichever thread the kernel has picked;
+    the handlers proper may wait until the main thread, which sleeps, happens to
+    wake."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+
+    def trap(self, stop: Callable[[int, Any], None]) -> None:
+        """Begin; the signals that stop a node call *stop* besides."""
+        signal.set_wakeup_fd(self._writer)
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        for number in NODE_SIGNALS - {signal.SIGHUP}:
+            signal.signal(number, stop)
+
+    def next(self, seconds: float | None = None) -> int | None:
+        """Wait for a signal; None where none comes in time."""
+        if select.select([self._reader], [], [], seconds)[0]:
+            return os.read(self._reader, 1)[0]
+        return None
+
+    def feign(self, number: int) -> None:
+        """As if the signal had come."""
+        os.write(self._writer, bytes([number]))
+
+
+# ---------------------------------------------------------------------------
+# Node, part two: its fork servers.  Knows how one is started, spoken to and replaced;
+# what it says of units is for the next part.
+# ---------------------------------------------------------------------------
+
+
 def source_identity() -> bytes:
     """What changes when this program's file is replaced: a hash, as a .pyc has it.
     Empty while there is none."""
@@ -3120,11 +3178,6 @@ def source_identity() -> bytes:
         return importlib.util.source_hash(read_file(PROGRAM))
     except OSError:
         return b""
-
-
-def running_identity() -> bytes:
-    """The same, of what this process runs."""
-    return read_file(__file__)[8:16] if IS_COMPILED else source_identity()
 
 
 COMPILER = """
@@ -3160,6 +3213,44 @@ def compiled(config: Config) -> str:
         log.warning("can't write %s: %s", path, error)
         return PROGRAM
     return path
+
+
+class Program:
+    """What this node runs and its fork servers are to run, and whether its file has
+    been replaced meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path  # compiled, or PROGRAM itself
+        self._identity = source_identity()
+        if IS_COMPILED:
+            self._identity = read_file(__file__)[8:16]
+
+    def is_replaced(self) -> bool:
+        """Is in this program's file what this process does not run?"""
+        return source_identity() not in (self._identity, b"")
+
+    def is_outdated(self, config: Config) -> bool:
+        """Has this program's file been replaced, by one that works here?"""
+        if not self.is_replaced():
+            return False
+        problem = ""
+        try:
+            trial = subprocess.run(
+                [sys.executable, PROGRAM, *config.arguments(), "--status"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=LOAD_DEADLINE,
+            )
+            if trial.returncode not in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT):
+                problem = trial.stderr.decode("utf-8", "replace").strip()
+                problem = problem or describe_end(trial.returncode)
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = str(error)
+        if problem:
+            log.error("%s has been replaced by one that does not work here, so this "
+                      "node goes on as it was: %s", PROGRAM, problem)  # fmt: skip
+        return not problem
 
 
 class ForkServerLink:
@@ -3232,6 +3323,12 @@ class ForkServerLink:
         if self._reader.is_alive():
             self.kill()
 
+    def log_output(self) -> None:
+        """Move what it has printed to the log."""
+        with contextlib.suppress(OSError):
+            log_output("fork server", read_file(self.output, OUTPUT_TAIL))
+            os.truncate(self.output, 0)
+
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-u", self.program]
         command += [FORK_SERVER_FLAG, str(theirs.fileno())]
@@ -3268,9 +3365,7 @@ class ForkServerLink:
                     log.exception("a message of the fork server: %s", message)
         status = self._process.wait()
         self._socket.close()
-        with contextlib.suppress(OSError):
-            log_output("fork server", read_file(self.output, OUTPUT_TAIL))
-            os.truncate(self.output, 0)
+        self.log_output()
         killed = f"killed by {signal_name(-status)}"
         self.gone = killed if status < 0 else f"exit status {status}"
         try:
@@ -3283,15 +3378,406 @@ class ForkServerLink:
             self.actions = message[1]
             self.problems = [(level, sentence) for level, sentence in message[2]]
             self.ready.set()
-        elif message[0] == "tried":
-            self.probed = None
-        self.receive(self, message)
+        else:
+            self.receive(self, message)
+
+
+class ForkServers:
+    """The fork server that takes units, its successors, and those that only finish.
+
+    receive: gets each message of each, with its link, on that link's thread; outdated:
+    is called where the program's file has been replaced, for then no other fork server
+    can be started."""
+
+    def __init__(
+        self,
+        program: Program,
+        config: Config,
+        overload: Overload,
+        receive: Callable[[ForkServerLink, list[Any]], None],
+        outdated: Callable[[], None],
+    ) -> None:
+        self.program = program
+        self.config = config
+        self.overload = overload
+        self.receive = receive
+        self.outdated = outdated
+        self.link: ForkServerLink | None = None  # of the one that takes units
+        self.restarts = 0
+        self.stopping = False  # so that none is replaced
+        self._lock = threading.Lock()
+        self._all: set[ForkServerLink] = set()
+        self._strays: set[int] = set()
+
+    @property
+    def actions(self) -> list[str]:
+        """The names of the actions that this node does."""
+        return sorted(self.link.actions) if self.link else []
+
+    def does(self, action: str) -> bool:
+        """Is it one of these?"""
+        return self.link is not None and action in self.link.actions
+
+    def start(self, config: Config) -> ForkServerLink:
+        """Start one and wait until it has loaded the actions.  Raises CrowdError."""
+        if self.program.path == PROGRAM and self.program.is_replaced():
+            raise CrowdError(f"{PROGRAM} is not what this node runs any more")
+        link = ForkServerLink(self.program.path, config, self._received)
+        self._all.add(link)
+        in_time = link.ready.wait(LOAD_DEADLINE)
+        link.log_output()
+        for level, sentence in link.problems:
+            log.log(getattr(logging, level.upper()), "%s", sentence)
+        if link.actions:
+            return link
+        link.kill()
+        if link.gone:
+            raise CrowdError(f"the fork server died while it loaded: {link.gone}")
+        if not in_time:
+            raise CrowdError(f"the actions did not load within {LOAD_DEADLINE} s")
+        reasons = "".join(f"\n{sentence}" for _, sentence in link.problems)
+        raise CrowdError(
+            f"there is no action in {config.actions_path}, and none built in "
+            f"is enabled: nothing to do{reasons}"
+        )
+
+    def use(self, link: ForkServerLink) -> None:
+        """From now on *link* takes the units; the one before it finishes."""
+        with self._lock:
+            old, self.link = self.link, link
+        if old:
+            old.finish()
+        self._look_to(link)
+
+    def stop(self) -> None:
+        """Replace none any more; what there is ends with its last worker."""
+        self.stopping = True
+        if self.link:
+            self.link.finish()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the fork server has gone, and end it if it does not go."""
+        if self.link:
+            self.link.wait(seconds)
+
+    def probe(self) -> None:
+        """While a start has failed: is it over?  One that is silent is replaced."""
+        link, now = self.link, time.monotonic()
+        if link is None or not self.overload.has("start"):
+            return
+        if link.probed is None:
+            link.probed = now
+            link.send("try")
+        elif now - link.probed > PROBE_DEADLINE:
+            log.error("the fork server has not answered for %d s", PROBE_DEADLINE)
+            link.kill()  # what replaces it is probed in its turn
+
+    def bury_strays(self) -> None:
+        """Reap children that nobody waits for: those from before an upgrade, and all
+        orphans where the node is a container's first process.  Seen twice, so that
+        it is none that somebody has just started."""
+        known = {link.pid for link in self._all}
+        strays = set(children()) - known - {command.pid for command in running_commands}
+        for pid in strays & self._strays:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        self._strays = strays
+
+    def _received(self, link: ForkServerLink, message: list[Any]) -> None:
+        if message[0] == "tried":
+            link.probed = None
+            if message[1] is None:
+                self.overload.end("start")
+            else:
+                self.overload.begin("start", message[1])
+        elif message[0] == "gone":
+            self._all.discard(link)
+            is_lost = self._lose(link)
+            self.receive(link, message)
+            if is_lost:
+                self._replace(link)
+        else:
+            self.receive(link, message)
+
+    def _lose(self, link: ForkServerLink) -> bool:
+        """*link* has gone: was it ours, and is it for the caller to replace it?"""
+        with self._lock:
+            ours = link is self.link and not link.replaced and not self.stopping
+            link.replaced = link.replaced or ours
+        if ours:
+            log.error("the fork server has gone (%s); starting another", link.gone)
+            self.overload.begin("fork server", "the fork server is starting")
+        return ours
+
+    def _look_to(self, link: ForkServerLink) -> None:
+        """Replace *link* if it had gone before it was ours."""
+        if link.gone and self._lose(link):
+            self._replace(link)
+
+    def _replace(self, link: ForkServerLink) -> None:
+        """Start another fork server instead of *link*; workers do not notice."""
+        backoff = Backoff()
+        give_up = time.monotonic() + RELOAD_PATIENCE
+        while not self.stopping and self.link is link:
+            if self.program.is_replaced():
+                self.outdated()
+            self.restarts += 1
+            try:
+                fresh = self._start_like(link, time.monotonic() < give_up)
+            except (CrowdError, OSError) as error:
+                wait = backoff.failed()
+                log.error("no fork server: %s; again in %.0f s", error, wait)
+                time.sleep(wait)
+                continue
+            with self._lock:  # a reload may have been quicker
+                is_wanted = self.link is link
+                self.link = fresh if is_wanted else self.link
+            if not is_wanted:
+                fresh.finish()
+        if self.link and not self.stopping:
+            self.overload.end("fork server")
+            self._look_to(self.link)
+
+    def _start_like(self, link: ForkServerLink, patient: bool) -> ForkServerLink:
+        """Start one.  An action that *link* had loaded is given some time to load
+        again: whatever ended that one may keep the next from reading it."""
+        fresh = self.start(self.config)
+        lost = set(link.actions) - set(fresh.actions)
+        if lost and patient:
+            fresh.kill()
+            raise CrowdError(f"{', '.join(sorted(lost))} did not load")
+        return fresh
 
 
 # ---------------------------------------------------------------------------
-# Node, part two: the units.  Knows what each unit's state is and what comes next;
+# Node, part three: the units.  Knows what each unit's state is and what comes next;
 # the directory of records is the truth, and this is a cache of it.
+#
+# A unit is "starting" (its record is being written and its worker forked), "running",
+# and "ended".  Then its outcome is reported and it is forgotten: once central knows
+# its pid, for as long as central takes to be there.  Withdrawn, it is never reported,
+# and is forgotten when its worker has ended.
 # ---------------------------------------------------------------------------
+
+UNWATCHED = "the worker died while nobody watched it"
+OUTCOMES = ("succeeded", "failed", "died", "timed_out")
+COUNTS = ("accepted", "refused", *OUTCOMES, "reported")
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
+
+
+class Unit:
+    """A unit that this node has, from its arrival until central knows its outcome.
+
+    head: what its record begins with."""
+
+    def __init__(self, head: Json, config: Config) -> None:
+        self.id = head["id"]
+        self.job_id = head["job_id"]
+        self.action: str = head["action"]
+        self.stage: str = head["stage"]
+        self.digest: str = head["digest"]  # of its content
+        self.name = str(self.id)
+        self.record = f"{config.units_path}/{self.name}"  # paths
+        self.printed = f"{self.record}.out"
+        self.directory = config.work_directory(self.action, self.name)
+        self.started = time.monotonic()
+        self.state = "starting"
+        self.pid: int | None = None
+        self.link: ForkServerLink | None = None  # None: an orphan, of an earlier one
+        self.answered = threading.Event()  # the fork server has, or has gone
+        self.refusal: str | None = None
+        self.replies_due = 0  # requests that wait to be told the pid
+        self.replied = False  # central has been told the pid
+        self.withdrawn = False
+        self.wait_status: int | None = None  # None where nobody could wait for it
+        self.timed_out = False
+        self.settled = False  # the reporters have it
+        self.told = False  # its outcome is in the counts and the log
+        self.backoff = Backoff()  # between its reports
+
+    def __str__(self) -> str:
+        return f"unit {self.id} ({self.action[:200]}, {self.stage})"
+
+    def seconds(self) -> float:
+        """How long it has been here."""
+        return time.monotonic() - self.started
+
+    def status(self) -> Json:
+        """What GET /status says of it while it runs."""
+        keys = ("id", "job_id", "action", "stage", "pid")
+        fields = {key: getattr(self, key) for key in keys}
+        fields["action"] = self.action[:200]  # it may be of any length
+        return {**fields, "seconds": round(self.seconds(), 3)}
+
+
+def parse_unit(text: str) -> Json:
+    """A unit as it came in the field work_unit.  Raises BadRequest."""
+    try:
+        unit = strict_json(text)
+    except ValueError as error:
+        raise BadRequest(f"work_unit is not JSON: {error}") from None
+    if not isinstance(unit, dict):
+        raise BadRequest("work_unit is not a JSON object")
+    for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
+        if unit.get(key) is None:
+            unit[key] = default
+    for key in ("id", "job_id"):
+        value = unit.get(key)
+        plain = isinstance(value, (int, str)) and not isinstance(value, bool)
+        if not plain or not UNIT_ID.fullmatch(str(value)):
+            raise BadRequest(
+                f"the unit's {key} is no whole number and not 1 to 64 of A-Za-z0-9_-"
+            )
+    if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
+        raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
+    for key, kind, name in (
+        ("input", str, "a string"),
+        ("action", str, "a string"),
+        ("options", dict, "an object"),
+        ("attempts", int, "a number"),
+    ):
+        if not isinstance(unit.get(key), kind):
+            raise BadRequest(f"the unit's {key} is not {name}")
+    return unit
+
+
+class Histogram:
+    """How long units took: how many up to each of BUCKETS, and the seconds in all."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a unit that took *seconds*."""
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+
+class Tally:
+    """What has come of this node's units so far."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.durations: dict[tuple[str, str], Histogram] = {}  # by action and stage
+        self.recent: deque[Json] = deque(maxlen=RECENT)  # what ended last
+        self._lock = threading.Lock()
+
+    def count(self, kind: str) -> None:
+        """Count one more of *kind*."""
+        with self._lock:
+            self.counts[kind] += 1
+
+    def ended(self) -> int:
+        """How many units have ended."""
+        return sum(self.counts[kind] for kind in OUTCOMES)
+
+    def note(self, unit: Unit, outcome: Outcome, action: str) -> None:
+        """Count an outcome, under the name of its *action*, and remember it."""
+        with self._lock:
+            self.counts[outcome.kind] += 1
+            key = action, unit.stage
+            self.durations.setdefault(key, Histogram()).add(float(outcome.seconds))
+            self.recent.appendleft(
+                {
+                    **unit.status(),
+                    "seconds": float(outcome.seconds),
+                    "how": outcome.kind,
+                    "reason": outcome.reason().partition("\n")[0][:MESSAGE_TAIL],
+                    "at": time.time(),
+                }
+            )
+
+
+class Reporter:
+    """Has outcomes delivered to central by a few threads, for as long as it takes."""
+
+    def __init__(self) -> None:
+        self.central_is_away = False
+        self._changed = threading.Condition()
+        self._ready: deque[Unit] = deque()
+        self._waiting: list[tuple[float, int, Unit]] = []  # heap: (when, tie, unit)
+        self._count = 0
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self, deliver: Callable[[Unit], None]) -> None:
+        """Begin; *deliver* raises CentralError where central has not taken it."""
+        self._threads = [
+            start_thread(self._run, deliver, name=f"reporter {number}")
+            for number in range(1, REPORTERS + 1)
+        ]
+
+    def put(self, unit: Unit) -> None:
+        """Have *unit* reported."""
+        with self._changed:
+            self._ready.append(unit)
+            self._changed.notify()
+
+    def stop(self, seconds: float) -> None:
+        """Begin no report any more; wait for those under way, for a while."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self, deliver: Callable[[Unit], None]) -> None:
+        while True:
+            unit = self._next()
+            if unit is None:
+                return
+            try:
+                deliver(unit)
+            except CentralError as error:
+                self.central_is_away = error.refused
+                # It may have been taken, and a second report is not free.
+                wait = unit.backoff.failed(patient=not error.refused)
+                log.warning(
+                    "%s: central has not taken the report: %s; again in %.0f s",
+                    unit, error, wait,
+                )  # fmt: skip
+                self._put_off(unit, wait)
+            except OSError as error:
+                wait = unit.backoff.failed()
+                log.warning("%s: its record can't be read or written: %s; again in "
+                            "%.0f s", unit, error, wait)  # fmt: skip
+                self._put_off(unit, wait)
+            except Exception:
+                log.exception("%s: can't be reported; again in a minute", unit)
+                self._put_off(unit, RETRY_WAIT_LIMIT)
+            else:
+                self.central_is_away = False
+                self._wake_all()
+
+    def _next(self) -> Unit | None:
+        with self._changed:
+            while not self._ready or self._stopped:
+                if self._stopped:
+                    return None
+                patience = None
+                if self._waiting:
+                    patience = self._waiting[0][0] - time.monotonic()
+                if patience is not None and patience <= 0:
+                    return heapq.heappop(self._waiting)[2]
+                self._changed.wait(patience)
+            return self._ready.popleft()
+
+    def _put_off(self, unit: Unit, seconds: float) -> None:
+        with self._changed:
+            self._count += 1
+            due = time.monotonic() + seconds
+            heapq.heappush(self._waiting, (due, self._count, unit))
+            self._changed.notify()
+
+    def _wake_all(self) -> None:
+        """Central is back for one, so it is back for all."""
+        if self._waiting:
+            with self._changed:
+                self._ready.extend(unit for _, _, unit in sorted(self._waiting))
+                self._waiting.clear()
+                self._changed.notify_all()
 
 
 unswept: list[str] = []  # directories for which there was no thread
@@ -3341,177 +3827,31 @@ def sweep_all(temp_storage_path: str) -> None:
                 sweep(os.path.join(path, name))
 
 
-UNWATCHED = "the worker died while nobody watched it"
-OUTCOMES = ("succeeded", "failed", "died", "timed_out")
-COUNTS = ("accepted", "refused", *OUTCOMES, "reported")
-BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
-
-
-class Histogram:
-    """How long units took: how many up to each of BUCKETS, and the seconds in all."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count a unit that took *seconds*."""
-        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.sum += seconds
-
-
-class Unit:
-    """A unit that this node has, from its arrival until central knows its outcome."""
-
-    def __init__(self, id: Any, job_id: Any, action: str, stage: str, digest: str):
-        self.id = id
-        self.job_id = job_id
-        self.action = action
-        self.stage = stage
-        self.digest = digest  # of its content
-        self.pid: int | None = None
-        self.started = time.monotonic()
-        self.link: ForkServerLink | None = None  # None: an orphan, of an earlier one
-        self.state = "starting"  # then "running", then "ended"
-        self.answered = threading.Event()  # the fork server has, or has gone
-        self.refusal: str | None = None
-        self.replies_due = 0  # requests that wait to be told the pid
-        self.replied = False  # central has been told the pid
-        self.withdrawn = False  # never to be reported
-        self.timed_out = False
-        self.wait_status: int | None = None
-        self.settled = False  # the reporters have it
-        self.told = False  # its outcome is in the counts and the log
-        self.backoff = Backoff()
-
-    def __str__(self) -> str:
-        return f"unit {self.id} ({self.action[:200]}, {self.stage})"
-
-    def seconds(self) -> float:
-        """How long it has been here."""
-        return time.monotonic() - self.started
-
-    def status(self) -> Json:
-        """What GET /status says of it while it runs."""
-        keys = ("id", "job_id", "action", "stage", "pid")
-        fields = {key: getattr(self, key) for key in keys}
-        fields["action"] = self.action[:200]  # it may be of any length
-        return {**fields, "seconds": round(self.seconds(), 3)}
-
-
-def parse_unit(text: str) -> Json:
-    """A unit as it came in the field work_unit.  Raises BadRequest."""
-    try:
-        unit = strict_json(text)
-    except ValueError as error:
-        raise BadRequest(f"work_unit is not JSON: {error}") from None
-    if not isinstance(unit, dict):
-        raise BadRequest("work_unit is not a JSON object")
-    for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
-        if unit.get(key) is None:
-            unit[key] = default
-    for key in ("id", "job_id"):
-        value = unit.get(key)
-        plain = isinstance(value, (int, str)) and not isinstance(value, bool)
-        if not plain or not UNIT_ID.fullmatch(str(value)):
-            raise BadRequest(
-                f"the unit's {key} is no whole number and not 1 to 64 of A-Za-z0-9_-"
-            )
-    if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
-        raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
-    for key, kind, name in (
-        ("input", str, "a string"),
-        ("action", str, "a string"),
-        ("options", dict, "an object"),
-        ("attempts", int, "a number"),
-    ):
-        if not isinstance(unit.get(key), kind):
-            raise BadRequest(f"the unit's {key} is not {name}")
-    return unit
-
-
 class Units:
-    """The units this node has; see the section's head."""
+    """The units that this node has, by name, and what becomes of each.
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
+    ended: gets those that are to be reported.  Who holds ``changed`` may rely on it
+    that no state changes; it is notified when one has."""
+
+    def __init__(
+        self,
+        config: Config,
+        overload: Overload,
+        tally: Tally,
+        ended: Callable[[Unit], None],
+    ) -> None:
+        self.config = config
+        self.overload = overload
+        self.tally = tally
+        self.report = ended
         self.by_name: dict[str, Unit] = {}
         self.active: dict[Unit, None] = {}  # those that have not ended, in order
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.foreign: set[str] = set()  # records of other versions, which were said
-        self.recent: deque[Json] = deque(maxlen=RECENT)  # what ended last
-        self.durations: dict[tuple[str, str], Histogram] = {}  # by action and stage
         self.changed = threading.Condition(threading.RLock())
 
-    # What the routes ask for.
-
-    def take(self, unit: Json) -> Unit:
-        """Have *unit* done.  Returns it with its pid; the caller owes it replied().
-
-        Raises NodeOverloaded."""
-        line = json.dumps(unit, sort_keys=True)
-        digest = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
-        name = str(unit["id"])
-        deadline = time.monotonic() + START_DEADLINE
-        while True:
-            entry, is_new = self._enter(name, unit, digest, deadline)
-            if is_new and entry.link:
-                head = json.dumps(first_line(unit, digest))
-                message = f'["unit", {head}, {line}]\n'
-                if not entry.link.send_line(message.encode()):
-                    self.refused(entry.link, name, "the fork server has gone")
-            if not entry.answered.wait(max(0.0, deadline - time.monotonic())):
-                self._give_up(entry)
-            if entry.refusal is None:
-                return entry
-            if entry.refusal != "exists":
-                raise NodeOverloaded(entry.refusal)
-            if time.monotonic() > deadline:
-                raise NodeOverloaded(f"the record of unit {name} can't be settled")
-            # Memory did not know it: answer from the record.
-            self.adopt(name, wanted=True)
-            if name not in self.by_name:
-                time.sleep(0.05)  # whoever writes it is about to end
-
-    def replied(self, entry: Unit, written: bool) -> None:
-        """The reply with the pid has been written, or could not be.
-
-        If not, central believes that it was never taken: so it is not."""
+    def running(self) -> list[Unit]:
+        """The units whose workers live, the oldest first."""
         with self.changed:
-            entry.replies_due -= 1
-            self.changed.notify_all()
-            entry.replied = entry.replied or written
-            if entry.replied:
-                if entry.state == "ended" and not entry.settled:
-                    self._settle(entry)
-            elif not entry.replies_due:
-                log.warning("%s: the reply could not be written; withdrawn", entry)
-                self.withdraw(entry)
-
-    def tally(self, kind: str) -> None:
-        """Count one more of *kind*."""
-        with self.changed:
-            self.counts[kind] += 1
-
-    def _note(self, entry: Unit, kind: str, seconds: float, reason: str) -> None:
-        """Remember an outcome for the page and the metrics.
-
-        Not by any name that comes: each makes a series that Prometheus keeps."""
-        link = self.node.link
-        known = link is not None and entry.action in link.actions
-        key = entry.action if known else "unknown", entry.stage
-        with self.changed:
-            self.counts[kind] += 1
-            self.durations.setdefault(key, Histogram()).add(seconds)
-            self.recent.appendleft(
-                {
-                    **entry.status(),
-                    "seconds": seconds,
-                    "how": kind,
-                    "reason": reason.strip().partition("\n")[0][:MESSAGE_TAIL],
-                    "at": time.time(),
-                }
-            )
+            return [unit for unit in self.active if unit.state == "running"]
 
     def waiting(self) -> list[Unit]:
         """The units that have ended and wait for central to take their outcome."""
@@ -3519,315 +3859,203 @@ class Units:
             units = list(self.by_name.values())
         return [unit for unit in units if unit.state == "ended" and not unit.withdrawn]
 
-    def running(self) -> list[Unit]:
-        """The units whose workers live, the oldest first."""
-        with self.changed:
-            return [unit for unit in self.active if unit.state == "running"]
+    def add(self, unit: Unit) -> None:
+        """Have *unit* here."""
+        self.by_name[unit.name] = unit
+        self.active[unit] = None
 
-    def _enter(
-        self, name: str, unit: Json, digest: str, deadline: float
-    ) -> tuple[Unit, bool]:
-        """The unit of this *name*, new or known.  An older one with other content
-        is superseded: central would not send it if it had not let go of that one."""
-        with self.changed:
-            while name in self.by_name:
-                known = self.by_name[name]
-                if known.digest == digest and not known.withdrawn:
-                    known.replies_due += 1
-                    return known, False
-                if not known.withdrawn:
-                    self.withdraw(known)
-                patience = deadline - time.monotonic()
-                if name in self.by_name and not self.changed.wait(max(0.0, patience)):
-                    raise NodeOverloaded(f"{known} is still being ended")
-            self._require_room()
-            stage = STAGES[unit["status"]]
-            entry = Unit(unit["id"], unit["job_id"], unit["action"], stage, digest)
-            entry.link = self.node.link
-            entry.replies_due = 1
-            self._add(name, entry)
-            return entry, True
+    def forget(self, unit: Unit) -> None:
+        """Have it no more."""
+        self.by_name.pop(unit.name, None)
+        self._make_room(unit)
 
-    def _add(self, name: str, entry: Unit) -> None:
-        self.by_name[name] = entry
-        self.active[entry] = None
-
-    def _drop(self, entry: Unit) -> None:
-        self.by_name.pop(str(entry.id), None)
-        self._make_room(entry)
-
-    def _make_room(self, entry: Unit) -> None:
-        self.active.pop(entry, None)
+    def _make_room(self, unit: Unit) -> None:
+        self.active.pop(unit, None)
         self.changed.notify_all()
         self.look_for_room()
 
     def look_for_room(self) -> None:
         """End the refusal for max_workers, if there is room."""
-        limit = self.node.config.max_workers
+        limit = self.config.max_workers
         if not limit or len(self.active) < limit:
-            self.node.overload.end("max_workers")
-
-    def _require_room(self) -> None:
-        limit = self.node.config.max_workers
-        running = len(self.active)
-        if limit and running >= limit:
-            reason = f"{running} units are running, max_workers is {limit}"
-            self.node.overload.begin("max_workers", reason)
-        if self.node.overload:
-            raise NodeOverloaded(self.node.overload.reason)
-
-    def _give_up(self, entry: Unit) -> None:
-        """The fork server has not answered in time: refuse the unit, and let the
-        monitor find out what is the matter."""
-        with self.changed:
-            if entry.answered.is_set():
-                return
-            reason = f"the fork server has not answered for {START_DEADLINE} s"
-            entry.refusal = reason
-            entry.withdrawn = True
-            entry.answered.set()
-        self.node.overload.begin("start", reason)
+            self.overload.end("max_workers")
 
     # What the fork server says.
 
-    def started(self, link: ForkServerLink, name: str, pid: int) -> None:
-        """A worker has been forked."""
+    def receive(self, link: ForkServerLink, message: list[Any]) -> None:
+        """One message of a fork server, on its link's thread."""
+        kind, *rest = message
+        if kind == "gone":
+            self._orphan(link)
+            return
         with self.changed:
-            entry = self.by_name.get(name)
-            if entry is None or entry.link is not link:
-                link.send("kill", pid, signal.SIGKILL)
-                return
-            entry.pid, entry.state = pid, "running"
-            if entry.withdrawn:
-                self.withdraw(entry)
-                return
-            self.counts["accepted"] += 1
-            entry.answered.set()
-        log.info("%s started as worker %d", entry, pid)
+            unit = self.by_name.get(str(rest[0]))
+            if unit and unit.link is not link:
+                unit = None
+            if kind == "started":
+                self._started(link, unit, rest[1])
+            elif unit and kind == "ended":
+                unit.wait_status, unit.timed_out = rest[1], rest[2]
+                self.end(unit)
+            elif unit and kind == "exists":
+                self.refuse(unit, "exists")
+            elif unit and kind == "refused":
+                self.refuse(unit, rest[1])
+                self.overload.begin("start", rest[1])
 
-    def refused(self, link: ForkServerLink, name: str, reason: str) -> None:
+    def _started(self, link: ForkServerLink, unit: Unit | None, pid: int) -> None:
+        if unit is None:
+            link.send("kill", pid, signal.SIGKILL)
+            return
+        unit.pid, unit.state = pid, "running"
+        if unit.withdrawn:
+            self.withdraw(unit)
+            return
+        self.tally.count("accepted")
+        unit.answered.set()
+        log.info("%s started as worker %d", unit, pid)
+
+    def refuse(self, unit: Unit, reason: str) -> None:
         """No worker could be forked; "exists": there is a record of that name."""
         with self.changed:
-            entry = self.by_name.get(name)
-            if entry is None or entry.link is not link:
-                return
-            self._drop(entry)
-            entry.refusal = reason
-            entry.answered.set()
-        if reason != "exists":
-            self.node.overload.begin("start", reason)
+            self.forget(unit)
+            unit.refusal = reason
+            unit.answered.set()
 
-    def ended(
-        self, link: ForkServerLink, name: str, wait_status: int, timed_out: bool
-    ) -> None:
-        """A worker has ended."""
-        with self.changed:
-            entry = self.by_name.get(name)
-            if entry and entry.link is link:
-                entry.wait_status, entry.timed_out = wait_status, timed_out
-                self._end(entry)
-
-    def orphan(self, link: ForkServerLink) -> None:
+    def _orphan(self, link: ForkServerLink) -> None:
         """The fork server has gone.  Its workers go on; what was starting is refused,
         and should its worker have been forked all the same, that is ended."""
         with self.changed:
-            for entry in self.by_name.values():
-                if entry.link is not link:
+            for unit in self.by_name.values():
+                if unit.link is not link:
                     continue
-                entry.link = None
-                if entry.state == "starting":
-                    entry.withdrawn = True
-                    entry.refusal = entry.refusal or "the fork server has gone"
-                    entry.answered.set()
+                unit.link = None
+                if unit.state == "starting":
+                    unit.withdrawn = True
+                    unit.refusal = unit.refusal or "the fork server has gone"
+                    unit.answered.set()
 
     # What becomes of a unit.
 
-    def withdraw(self, entry: Unit) -> None:
-        """End *entry* without a report: central has let go of it."""
+    def replied(self, unit: Unit, written: bool) -> None:
+        """The reply with the pid has been written, or could not be.
+
+        If not, central believes that it was never taken: so it is not."""
         with self.changed:
-            log.info("%s, worker %s: withdrawn", entry, entry.pid)
-            self._mark_withdrawn(entry)
-            if entry.state == "ended":
-                self._remove(entry)
-            elif entry.pid is not None:
-                self.signal(entry, signal.SIGKILL)
+            unit.replies_due -= 1
+            self.changed.notify_all()
+            unit.replied = unit.replied or written
+            if unit.replied:
+                self._settle(unit)
+            elif not unit.replies_due:
+                log.warning("%s: the reply could not be written; withdrawn", unit)
+                self.withdraw(unit)
 
-    def _mark_withdrawn(self, entry: Unit) -> None:
-        entry.withdrawn = True
-        try:
-            append_to_record(self._path(entry), WITHDRAWN)
-        except OSError as error:
-            log.warning("%s: can't mark its record: %s", entry, error)
-
-    def signal(self, entry: Unit, number: int) -> None:
-        """Signal the worker of *entry* and its group, if it lives."""
-        if entry.link and entry.link.send("kill", entry.pid, number):
-            return  # it knows best whether the worker lives
-        if entry.pid is not None:
-            with contextlib.suppress(OSError):
-                if is_locked(self._path(entry)):
-                    kill_worker(entry.pid, number)
-
-    def _end(self, entry: Unit) -> None:
+    def end(self, unit: Unit) -> None:
         """The worker has ended: report the outcome once central knows the pid."""
-        entry.state = "ended"
-        if entry.withdrawn:
-            self._remove(entry)
-        elif entry.replied:
-            self._settle(entry)
-        self._make_room(entry)
+        unit.state = "ended"
+        if unit.withdrawn:
+            self.remove(unit)
+        elif unit.replied:
+            self._settle(unit)
+        self._make_room(unit)
 
-    def _settle(self, entry: Unit) -> None:
-        """Hand *entry* to the reporters: it ended, in whatever way."""
-        entry.settled = True
-        self.node.reporter.put(entry)
+    def _settle(self, unit: Unit) -> None:
+        if unit.state == "ended" and not unit.settled:
+            unit.settled = True
+            self.report(unit)
 
-    def deliver(self, entry: Unit) -> None:
-        """Report *entry* and forget it.  Raises CentralError: to be tried again."""
-        status, seconds, output, kind = self._outcome(entry)
-        with self.changed:  # central may just be asking again for the pid
-            self.changed.wait_for(lambda: not entry.replies_due, START_DEADLINE)
-            if entry.withdrawn:
-                return
-        if not entry.told:
-            entry.told = True
-            reason = "" if kind == "succeeded" else str(json.loads(output)["output"])
-            self._note(entry, kind, float(seconds), reason)
-            self._log_outcome(entry, kind, float(seconds), reason)
-        try:
-            self.node.central.report(entry, status, seconds, output)
-            self.tally("reported")
-        except CentralError as error:
-            if error.status != 404:
-                raise
-            log.warning("%s: central does not know it (any more); discarded", entry)
+    def withdraw(self, unit: Unit) -> None:
+        """End *unit* without a report: central has let go of it."""
         with self.changed:
-            entry.withdrawn = True  # even if its record can't be removed now
-            self._remove(entry)
+            log.info("%s, worker %s: withdrawn", unit, unit.pid)
+            self.mark_withdrawn(unit)
+            if unit.state == "ended":
+                self.remove(unit)
+            elif unit.pid is not None:
+                self.signal(unit, signal.SIGKILL)
 
-    def _outcome(self, entry: Unit) -> tuple[str, str, bytes, str]:
-        """status, seconds and output to report; and under what it counts.
-
-        Raises OSError where that can't be read now."""
+    def mark_withdrawn(self, unit: Unit) -> None:
+        """Never report it; nor is the next node to."""
+        unit.withdrawn = True
         try:
-            record = parse_record(read_file(self._path(entry)))
-        except (FileNotFoundError, OddRecord) as error:
-            record = Record()
-            log.warning("%s: its record can't be read: %s", entry, error)
-        if record.outcome:
-            return (*record.outcome, record.outcome[0])
-        kind = "timed_out" if entry.timed_out else "died"
-        seconds, words = f"{entry.seconds():.6f}", self._last_words(entry)
-        output = encoded_failure(self._death(entry) + words)
-        try:
-            self._write_outcome(entry, b"failed %s %s\n" % (seconds.encode(), output))
+            append_to_record(unit.record, WITHDRAWN)
         except OSError as error:
-            if entry.backoff.wait < RETRY_WAIT_LIMIT:
-                raise
-            log.warning("%s: can't write down its end: %s", entry, error)
-            # From now on it is told in the words that the next node would use.
-            entry.wait_status, entry.timed_out = None, False
-            output = encoded_failure(UNWATCHED + words)
-        return "failed", seconds, output, kind
+            log.warning("%s: can't mark its record: %s", unit, error)
 
-    def _death(self, entry: Unit) -> str:
-        """What ended a worker that has left no outcome."""
-        limit = self.node.config.limit(entry.action, "time_limit")
-        if entry.timed_out and limit:
-            return f"time_limit of {limit:g} s exceeded"
-        if entry.timed_out:
-            return "time_limit exceeded"
-        if entry.wait_status is None:
-            return UNWATCHED
-        return f"the worker died: {describe_end(entry.wait_status)}"
+    def signal(self, unit: Unit, number: int) -> None:
+        """Signal the worker of *unit* and its group, if it lives."""
+        if unit.link and unit.link.send("kill", unit.pid, number):
+            return  # it knows best whether the worker lives
+        if unit.pid is not None:
+            with contextlib.suppress(OSError):
+                if is_locked(unit.record):
+                    kill_worker(unit.pid, number)
 
-    def _last_words(self, entry: Unit) -> str:
-        with contextlib.suppress(OSError):
-            printed = read_file(self._path(entry) + ".out", MESSAGE_TAIL)
-            words = printed.decode("utf-8", "replace").strip()
-            return f"; its last words: {words}" if words else ""
-        return ""
-
-    def _write_outcome(self, entry: Unit, line: bytes) -> None:
-        """Write down for a dead worker what is reported of it: should it have to be
-        reported again, by another node perhaps, it will be the same.  Raises OSError:
-        then the report is put off, if not for ever."""
-        path = self._path(entry)
-        if os.path.exists(path):
-            os.truncate(path, read_file(path).rfind(b"\n") + 1)
-            append_to_record(path, line)
-
-    def _log_outcome(self, entry: Unit, kind: str, seconds: float, reason: str) -> None:
-        with contextlib.suppress(OSError):
-            path = self._path(entry) + ".out"
-            if os.stat(path).st_size:
-                log_output(f"worker[{entry.pid}]", read_file(path, OUTPUT_TAIL))
-        why = "" if kind == "succeeded" else f": {reason}"
-        verb = kind.replace("_", " ")
-        log.info("%s, worker %s, %s after %.3f s%s", entry, entry.pid, verb,
-                 seconds, why[:MESSAGE_TAIL])  # fmt: skip
-
-    def _remove(self, entry: Unit) -> None:
-        """Forget *entry*: its work directory, what it printed, its record."""
-        name = str(entry.id)
-        if self.by_name.get(name) is not entry:
+    def remove(self, unit: Unit) -> None:
+        """Forget *unit*: its work directory, what it printed, its record."""
+        if self.by_name.get(unit.name) is not unit:
             return  # superseded, and the files of that name are another's
-        path = self._path(entry)
-        if ACTION_NAME.fullmatch(entry.action):
-            put_away(self.node.config.work_directory(entry.action, name))
+        if ACTION_NAME.fullmatch(unit.action):
+            put_away(unit.directory)
         try:
-            remove_file(path + ".out")
-            remove_file(path)
+            remove_file(unit.printed)
+            remove_file(unit.record)
         except OSError as error:
-            log.warning("%s: can't remove its record: %s; trying again", entry, error)
-            self._mark_withdrawn(entry)  # for the next node
+            log.warning("%s: can't remove its record: %s; trying again", unit, error)
+            self.mark_withdrawn(unit)  # for the next node
         else:
-            self._drop(entry)
+            self.forget(unit)
 
-    def _path(self, entry: Unit) -> str:
-        return f"{self.node.config.units_path}/{entry.id}"
 
-    # What the directory says.
+class Watch:
+    """Sees after what no fork server of ours watches: records that memory does not
+    know, and workers of earlier nodes and fork servers."""
+
+    def __init__(self, config: Config, units: Units) -> None:
+        self.config = config
+        self.units = units
+        self._foreign: set[str] = set()  # records of other versions, which were said
 
     def look(self) -> None:
-        """Adopt records that memory does not know; see after workers that no fork
-        server of ours watches; cut back what workers print."""
-        for name in os.listdir(self.node.config.units_path):
-            if UNIT_ID.fullmatch(name) and name not in self.by_name:
+        """Look at every record, and at every unit that needs it."""
+        units = self.units
+        for name in os.listdir(self.config.units_path):
+            if UNIT_ID.fullmatch(name) and name not in units.by_name:
                 self.adopt(name)
-        for entry in self.running():
-            self._cut_back(self._path(entry) + ".out")
-        with self.changed:
-            for entry in list(self.by_name.values()):
-                if entry.state == "ended" and entry.withdrawn:
-                    self._remove(entry)  # which has failed before
-                elif entry.state != "ended" and entry.link is None:
-                    self._look_after(entry)
-                elif entry.state == "running" and entry.withdrawn:
-                    self.signal(entry, signal.SIGKILL)  # should the first be lost
+        for unit in units.running():
+            cut_back(unit.printed)
+        with units.changed:
+            for unit in list(units.by_name.values()):
+                if unit.state == "ended" and unit.withdrawn:
+                    units.remove(unit)  # which has failed before
+                elif unit.state != "ended" and unit.link is None:
+                    self._look_after(unit)
+                elif unit.state == "running" and unit.withdrawn:
+                    units.signal(unit, signal.SIGKILL)  # should the first be lost
 
     def adopt(self, name: str, wanted: bool = False) -> None:
         """Take over the record *name*, which an earlier node or fork server left.
 
         *wanted*: a unit of that name has come, and has to wait for it."""
-        path = os.path.join(self.node.config.units_path, name)
-        with self.changed:
-            if name in self.by_name:
+        path = f"{self.config.units_path}/{name}"
+        with self.units.changed:
+            if name in self.units.by_name:
                 return
             try:
                 locked = is_locked(path)
                 record = parse_record(read_file(path))
-                if record.unit and str(record.unit["id"]) != name:
+                if record.head and str(record.head["id"]) != name:
                     raise OddRecord("it is another unit's")
-                if record.unit is None and not locked:
+                if record.head is None and not locked:
                     remove_file(path)  # nobody was ever told that it was accepted
             except FileNotFoundError:
                 return
             except OtherVersion as error:
                 if wanted and not locked:
                     self._move_aside(path, error)
-                elif name not in self.foreign:
-                    self.foreign.add(name)
+                elif name not in self._foreign:
+                    self._foreign.add(name)
                     log.warning("the record %s is left alone: %s", path, error)
                 return
             except (IsADirectoryError, PermissionError, OddRecord) as error:
@@ -3836,102 +4064,265 @@ class Units:
             except OSError as error:
                 log.warning("%s: can't be read: %s; trying again", path, error)
                 return
-            if record.unit:
-                entry = self._from_record(record, record.unit)
-                self._add(name, entry)
-                how = "still running" if locked else "settled"
-                log.info("%s of an earlier process is %s", entry, how)
-                self._look_at(entry, locked, record)
+            if record.head:
+                self._take_over(record, record.head, locked)
 
-    def _from_record(self, record: Record, head: Json) -> Unit:
-        entry = Unit(
-            *(head[key] for key in ("id", "job_id", "action", "stage", "digest"))
-        )
-        entry.pid, entry.state = record.pid, "running"
-        entry.started -= max(0.0, time.time() - head["started"])
-        entry.replied = True  # as far as anybody can know
+    def _take_over(self, record: Record, head: Json, locked: bool) -> None:
+        unit = Unit(head, self.config)
+        unit.pid, unit.state = record.pid, "running"
+        unit.started -= max(0.0, time.time() - head["started"])
+        unit.replied = True  # as far as anybody can know
         # Without a pid nobody was told that it was accepted.
-        entry.withdrawn = record.withdrawn or record.pid is None
-        entry.answered.set()
-        return entry
-
-    def _look_after(self, entry: Unit) -> None:
-        """Settle an orphan that has ended; keep its time while it has not."""
-        path = self._path(entry)
-        try:
-            locked = is_locked(path)
-            record = parse_record(read_file(path))
-        except FileNotFoundError:
-            self._drop(entry)
-            return
-        except (OSError, OddRecord) as error:
-            log.warning("%s: its record can't be read: %s", entry, error)
-            return
-        self._look_at(entry, locked, record)
-
-    def _look_at(self, entry: Unit, locked: bool, record: Record) -> None:
-        """See _look_after; *locked* and *record* are what has just been found."""
-        path = self._path(entry)
-        entry.pid = record.pid
-        # A child that a worker has forked may hold the lock of a dead one.
-        if not locked or record.outcome or not exists(record.pid):
-            self._end_group(path, record.pid)
-            self._end(entry)
-            return
-        limit = self.node.config.limit(entry.action, "time_limit")
-        if limit and entry.seconds() > limit:
-            entry.timed_out = True
-        if (entry.withdrawn or entry.timed_out) and entry.pid is not None:
-            kill_worker(entry.pid, signal.SIGKILL)
-
-    def _end_group(self, path: str, pid: int | None) -> None:
-        """End what a dead worker has left running.
-
-        Its group outlives it under its pid; but after a restart of the machine, or
-        where a process with that pid lives, the number is somebody else's."""
-        booted = time.time() - time.monotonic()
-        with contextlib.suppress(OSError):
-            if pid and os.stat(path).st_mtime > booted and not exists(pid):
-                kill_group(pid, signal.SIGKILL)
+        unit.withdrawn = record.withdrawn or record.pid is None
+        unit.answered.set()
+        self.units.add(unit)
+        how = "still running" if locked else "settled"
+        log.info("%s of an earlier process is %s", unit, how)
+        self._settle(unit, locked, record)
 
     def _move_aside(self, path: str, error: Exception) -> None:
         log.error("the record %s can't be used: %s; moved to %s.odd", path, error, path)
         with contextlib.suppress(OSError):
             os.replace(path, path + ".odd")
 
-    def _cut_back(self, path: str) -> None:
-        """Keep what a worker prints from filling the disk: its tail is enough."""
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_size > OUTPUT_LIMIT:
-                tail = read_file(path, OUTPUT_TAIL)
-                os.truncate(path, 0)  # its writers append
-                append_to_record(path, tail)
+    def _look_after(self, unit: Unit) -> None:
+        try:
+            locked = is_locked(unit.record)
+            record = parse_record(read_file(unit.record))
+        except FileNotFoundError:
+            self.units.forget(unit)
+        except (OSError, OddRecord) as error:
+            log.warning("%s: its record can't be read: %s", unit, error)
+        else:
+            self._settle(unit, locked, record)
 
-    # The end.
+    def _settle(self, unit: Unit, locked: bool, record: Record) -> None:
+        """Settle an orphan that has ended; keep its time while it has not."""
+        unit.pid = record.pid
+        # A child that a worker has forked may hold the lock of a dead one.
+        if not locked or record.outcome or not exists(record.pid):
+            self._end_group(unit)
+            self.units.end(unit)
+            return
+        limit = self.config.limit(unit.action, "time_limit")
+        if limit and unit.seconds() > limit:
+            unit.timed_out = True
+        if (unit.withdrawn or unit.timed_out) and unit.pid is not None:
+            kill_worker(unit.pid, signal.SIGKILL)
+
+    def _end_group(self, unit: Unit) -> None:
+        """End what a dead worker has left running.
+
+        Its group outlives it under its pid; but after a restart of the machine, or
+        where a process with that pid lives, the number is somebody else's."""
+        booted = time.time() - time.monotonic()
+        pid = unit.pid
+        with contextlib.suppress(OSError):
+            if pid and os.stat(unit.record).st_mtime > booted and not exists(pid):
+                kill_group(pid, signal.SIGKILL)
 
     def end_all(self, released: bool) -> None:
         """End every worker: TERM, and soon KILL.  Where central has not *released*
         their units, the next node will report them."""
-        with self.changed:
-            for entry in self.active if released else ():
-                self._mark_withdrawn(entry)
+        units = self.units
+        with units.changed:
+            for unit in units.active if released else ():
+                units.mark_withdrawn(unit)
         for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
-            for entry in self.running():
-                log.info(
-                    "%s, worker %s: ended by %s", entry, entry.pid, signal_name(number)
-                )
-                self.signal(entry, number)
+            for unit in units.running():
+                how = signal_name(number)
+                log.info("%s, worker %s: ended by %s", unit, unit.pid, how)
+                units.signal(unit, number)
             deadline = time.monotonic() + patience
-            while self.running() and time.monotonic() < deadline:
-                with self.changed:
-                    self.changed.wait(0.05)
-                    for entry in self.running():
-                        if entry.link is None:
-                            self._look_after(entry)
+            while units.running() and time.monotonic() < deadline:
+                with units.changed:
+                    units.changed.wait(0.05)
+                    for unit in units.running():
+                        if unit.link is None:
+                            self._look_after(unit)
+
+
+class Intake:
+    """Takes units in, for the routes."""
+
+    def __init__(self, units: Units, servers: ForkServers, watch: Watch) -> None:
+        self.config = units.config
+        self.overload = units.overload
+        self.units = units
+        self.servers = servers
+        self.watch = watch
+
+    def take(self, request: Json) -> Unit:
+        """Have a unit done, as central wrote it.  Returns it with its pid; the caller
+        owes Units.replied().  Raises NodeOverloaded."""
+        line = json.dumps(request, sort_keys=True)
+        digest = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
+        head = record_head(request, digest)
+        name = str(request["id"])
+        deadline = time.monotonic() + START_DEADLINE
+        while True:
+            unit, is_new = self._enter(name, head, deadline)
+            if is_new:
+                self._send(unit, json.dumps(first_line(head)), line)
+            if not unit.answered.wait(max(0.0, deadline - time.monotonic())):
+                self._give_up(unit)
+            if unit.refusal is None:
+                return unit
+            if unit.refusal != "exists":
+                raise NodeOverloaded(unit.refusal)
+            if time.monotonic() > deadline:
+                raise NodeOverloaded(f"the record of unit {name} can't be settled")
+            # Memory did not know it: answer from the record.
+            self.watch.adopt(name, wanted=True)
+            if name not in self.units.by_name:
+                time.sleep(0.05)  # whoever writes it is about to end
+
+    def _enter(self, name: str, head: Json, deadline: float) -> tuple[Unit, bool]:
+        """The unit of this *name*, known or new.  An older one with other content is
+        superseded: central would not send it if it had not let go of that one."""
+        units = self.units
+        with units.changed:
+            while name in units.by_name:
+                known = units.by_name[name]
+                if known.digest == head["digest"] and not known.withdrawn:
+                    known.replies_due += 1
+                    return known, False
+                if not known.withdrawn:
+                    units.withdraw(known)
+                patience = max(0.0, deadline - time.monotonic())
+                if name in units.by_name and not units.changed.wait(patience):
+                    raise NodeOverloaded(f"{known} is still being ended")
+            self._require_room()
+            unit = Unit(head, self.config)
+            unit.link = self.servers.link
+            unit.replies_due = 1
+            units.add(unit)
+            return unit, True
+
+    def _require_room(self) -> None:
+        limit, running = self.config.max_workers, len(self.units.active)
+        if limit and running >= limit:
+            reason = f"{running} units are running, max_workers is {limit}"
+            self.overload.begin("max_workers", reason)
+        if self.overload:
+            raise NodeOverloaded(self.overload.reason)
+
+    def _send(self, unit: Unit, head: str, line: str) -> None:
+        link = unit.link
+        if link and not link.send_line(f'["unit", {head}, {line}]\n'.encode()):
+            gone = ["refused", unit.name, "the fork server has gone"]
+            self.units.receive(link, gone)
+
+    def _give_up(self, unit: Unit) -> None:
+        """The fork server has not answered in time: refuse the unit, and let the
+        monitor find out what is the matter."""
+        with self.units.changed:
+            if unit.answered.is_set():
+                return
+            reason = f"the fork server has not answered for {START_DEADLINE} s"
+            unit.refusal = reason
+            unit.withdrawn = True
+            unit.answered.set()
+        self.overload.begin("start", reason)
+
+
+class Delivery:
+    """Tells central what came of units that have ended."""
+
+    def __init__(
+        self, units: Units, servers: ForkServers, central: Central, tally: Tally
+    ) -> None:
+        self.config = units.config
+        self.units = units
+        self.servers = servers
+        self.central = central
+        self.tally = tally
+
+    def deliver(self, unit: Unit) -> None:
+        """Report *unit* and forget it.  Raises CentralError, or OSError where its
+        outcome can't be read or written down now: to be tried again."""
+        outcome = self._outcome(unit)
+        with self.units.changed:  # central may just be asking again for the pid
+            self.units.changed.wait_for(lambda: not unit.replies_due, START_DEADLINE)
+            if unit.withdrawn:
+                return
+        if not unit.told:
+            unit.told = True
+            self._tell(unit, outcome)
+        try:
+            self.central.report(unit.name, unit.pid, outcome)
+            self.tally.count("reported")
+        except CentralError as error:
+            if error.status != 404:
+                raise
+            log.warning("%s: central does not know it (any more); discarded", unit)
+        with self.units.changed:
+            unit.withdrawn = True  # even if its record can't be removed now
+            self.units.remove(unit)
+
+    def _outcome(self, unit: Unit) -> Outcome:
+        """What the worker has written down, or what can be said of its death."""
+        try:
+            record = parse_record(read_file(unit.record))
+        except (FileNotFoundError, OddRecord) as error:
+            record = Record()
+            log.warning("%s: its record can't be read: %s", unit, error)
+        return record.outcome or self._died(unit)
+
+    def _died(self, unit: Unit) -> Outcome:
+        """Written down before it is told: should it have to be told again, by another
+        node perhaps, it is told in the same words.  If that can't be done, it is put
+        off, but not for ever."""
+        kind = "timed_out" if unit.timed_out else "died"
+        seconds, words = f"{unit.seconds():.6f}", self._last_words(unit)
+        output = encoded_failure(self._cause(unit) + words)
+        try:
+            write_outcome(unit.record, b"failed %s %s\n" % (seconds.encode(), output))
+        except OSError as error:
+            if unit.backoff.wait < RETRY_WAIT_LIMIT:
+                raise
+            log.warning("%s: can't write down its end: %s", unit, error)
+            # From now on it is told in the words that the next node would use.
+            unit.wait_status, unit.timed_out = None, False
+            output = encoded_failure(UNWATCHED + words)
+        return Outcome("failed", seconds, output, kind)
+
+    def _cause(self, unit: Unit) -> str:
+        """What ended a worker that has left no outcome."""
+        limit = self.config.limit(unit.action, "time_limit")
+        if unit.timed_out and limit:
+            return f"time_limit of {limit:g} s exceeded"
+        if unit.timed_out:
+            return "time_limit exceeded"
+        if unit.wait_status is None:
+            return UNWATCHED
+        return f"the worker died: {describe_end(unit.wait_status)}"
+
+    def _last_words(self, unit: Unit) -> str:
+        with contextlib.suppress(OSError):
+            printed = read_file(unit.printed, MESSAGE_TAIL)
+            words = printed.decode("utf-8", "replace").strip()
+            return f"; its last words: {words}" if words else ""
+        return ""
+
+    def _tell(self, unit: Unit, outcome: Outcome) -> None:
+        """The counts and the log of it, and what the worker has printed."""
+        # Not by any name that comes: each makes a series that Prometheus keeps.
+        action = unit.action if self.servers.does(unit.action) else "unknown"
+        self.tally.note(unit, outcome, action)
+        with contextlib.suppress(OSError):
+            if os.stat(unit.printed).st_size:
+                printed = read_file(unit.printed, OUTPUT_TAIL)
+                log_output(f"worker[{unit.pid}]", printed)
+        reason = outcome.reason()
+        why = f": {reason}"[:MESSAGE_TAIL] if reason else ""
+        verb = outcome.kind.replace("_", " ")
+        seconds = float(outcome.seconds)
+        log.info("%s, worker %s, %s after %.3f s%s", unit, unit.pid, verb, seconds, why)
 
 
 # ---------------------------------------------------------------------------
-# Node, part three: what it shows.  Metrics and the page are drawn from the status
+# Node, part four: what it shows.  Metrics and the page are drawn from the status
 # document; this part knows nothing of units, threads or HTTP.
 # ---------------------------------------------------------------------------
 
@@ -4232,7 +4623,191 @@ def draw_plot(title: str, values: list[float | None], limit: float | None) -> st
 
 
 # ---------------------------------------------------------------------------
-# Node, part four: the routes.  Knows HTTP; what a route is about it asks the node.
+# Node, part five: the node itself.  Puts its parts together, and has the loops tell
+# central of it and look at the machine.
+# ---------------------------------------------------------------------------
+
+
+class Registration:
+    """Has central know this node, and whether it takes work.
+
+    unclean: the last node here did not check out."""
+
+    def __init__(
+        self,
+        central: Central,
+        overload: Overload,
+        units: Units,
+        servers: ForkServers,
+        unclean: bool,
+    ) -> None:
+        self.central = central
+        self.overload = overload
+        self.units = units
+        self.servers = servers
+        self.unclean = unclean
+        self.loop = Repeater(self.check_in_periodically, CHECK_IN_INTERVAL)
+        self._backoff = Backoff()
+
+    def check_in(self) -> None:
+        """Tell central that this node is here.  Raises CrowdError.
+
+        Central never expires the units of a node that just checks in again, so after
+        an unclean end it is made to let go of them: as soon as this node has none."""
+        try:
+            if self.owes_check_out():
+                log.info("the last node here did not check out; doing so")
+                self.central.check_out()
+                self.unclean = False
+            self.central.check_in(bool(self.overload), self.servers.actions)
+        except CentralError as error:
+            raise CrowdError(
+                "Failed to connect to the central server "
+                f"({self.central.config.central_server}). {error}"
+            ) from None
+
+    def owes_check_out(self) -> bool:
+        """Is it time to check out for the last node?"""
+        return self.unclean and not self.units.by_name
+
+    def check_in_periodically(self) -> float:
+        """One step of the loop: check in; soon again if that failed, for ever."""
+        try:
+            self.check_in()
+        except CrowdError as error:
+            log.warning("%s", error)
+            return self._backoff.failed()
+        self._backoff = Backoff()
+        return CHECK_IN_INTERVAL
+
+    def check_out(self) -> bool:
+        """Have central give this node's units to others; False where it could not."""
+        try:
+            self.central.check_out()
+        except CentralError as error:
+            log.warning("can't check out: %s; the next node here will do it", error)
+            return False
+        return True
+
+
+class Node:
+    """What a node consists of; each of its parts knows those that stand above it here.
+
+    program: what its fork servers run; outdated: is called where that has been
+    replaced."""
+
+    def __init__(
+        self,
+        config: Config,
+        port: int,
+        program: Program,
+        unclean: bool,
+        outdated: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.port = port
+        self.began = time.monotonic()
+        self.central = Central(config, port)
+        self.overload = Overload()
+        self.vitals = Vitals(config, self.overload)
+        self.history = History()
+        self.servers = ForkServers(
+            program, config, self.overload, self.receive, outdated
+        )
+        self.tally = Tally()
+        self.reporter = Reporter()
+        self.units = Units(config, self.overload, self.tally, self.reporter.put)
+        self.watch = Watch(config, self.units)
+        self.intake = Intake(self.units, self.servers, self.watch)
+        self.delivery = Delivery(self.units, self.servers, self.central, self.tally)
+        self.registration = Registration(
+            self.central, self.overload, self.units, self.servers, unclean
+        )
+        self.monitor_loop = Repeater(self.monitor_system, MONITOR_INTERVAL)
+
+    def receive(self, link: ForkServerLink, message: list[Any]) -> None:
+        """One message of a fork server, on its link's thread."""
+        self.units.receive(link, message)
+        if message[0] == "gone":
+            self.monitor_loop.soon()  # it sees after the orphans
+
+    def refused(self, reason: str) -> None:
+        """A unit was refused, so central takes this node for busy until it checks in:
+        there must be a reason that ends."""
+        if not self.overload:
+            self.overload.begin("unit", reason)
+
+    def monitor_system(self) -> None:
+        """One step of the loop: load, memory, workers, records, fork server."""
+        self.overload.end("unit")
+        self.servers.bury_strays()
+        while unswept:
+            sweep(unswept.pop())
+        self.units.look_for_room()
+        self.vitals.look()
+        self.history.note(
+            self.vitals.load_average, self.vitals.free_memory, self.tally.ended()
+        )
+        self.servers.probe()
+        self.watch.look()
+        if self.registration.owes_check_out():
+            self.registration.loop.soon()
+        self.overload.remind()
+
+    def status(self) -> Json:
+        """What GET /status answers: seconds, MB, null where unknown."""
+        central, vitals, link = self.central, self.vitals, self.servers.link
+        ago = central.checked_in
+        return {
+            "version": __version__,
+            "host": self.config.host,
+            "port": self.port,
+            "pid": os.getpid(),
+            "uptime": round(time.monotonic() - self.began, 3),
+            "central": {
+                "url": self.config.central_server,
+                "dialect": central.dialect,
+                "checked_in_ago": ago and round(time.monotonic() - ago, 3),
+                "error": central.error,
+            },
+            "actions": self.servers.actions,
+            "max_workers": self.config.max_workers,
+            "overloaded": bool(self.overload),
+            "reason": self.overload.reason,
+            "load_average": vitals.load_average,
+            "free_memory": vitals.free_memory and round(vitals.free_memory, 1),
+            "fork_server": {
+                "pid": link.pid if link else None,
+                "restarts": self.servers.restarts,
+            },
+            "running": [unit.status() for unit in self.units.running()],
+            "unreported": len(self.units.waiting()),
+            "counts": dict(self.tally.counts),
+        }
+
+    def details(self) -> Json:
+        """What GET / shows besides the status: seconds, MB, null where unknown."""
+        config, answered = self.config, self.central.answered
+        limits = {
+            name: config.limit(name, "time_limit") for name in self.servers.actions
+        }
+        return {
+            "tag": config.tag,
+            "answered_ago": answered and time.monotonic() - answered,
+            "refused_for": self.overload.seconds,
+            "max_load": config.max_load,
+            "min_free_memory": config.min_free_memory,
+            "available_memory": self.vitals.available_memory,
+            "min_available_memory": config.min_available_memory,
+            "time_limits": limits,
+            "recent": list(self.tally.recent),
+            "waiting": [unit.status() for unit in self.units.waiting()[:RECENT]],
+            "history": list(self.history.minutes),
+        }
+
+
+# ---------------------------------------------------------------------------
+# Node, part six: the routes.  Knows HTTP; what a route is about it asks the node.
 # ---------------------------------------------------------------------------
 
 HTTP_PHRASES = {
@@ -4241,6 +4816,7 @@ HTTP_PHRASES = {
     413: "Payload Too Large", 414: "URI Too Long", 500: "Internal Server Error",
     503: "Service Unavailable",
 }  # fmt: skip
+FORM_TYPE = "application/x-www-form-urlencoded"
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "LINK", "UNLINK")
 
 
@@ -4277,10 +4853,7 @@ class NodeServer(ServerBase):
     At MAX_CONNECTIONS unfinished requests the one that has kept us waiting longest is
     closed, so that central still gets in."""
 
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 512
-    allow_reuse_address = True
 
     node: Node
     patience: float  # seconds for a whole request
@@ -4300,7 +4873,6 @@ class NodeServer(ServerBase):
         self.threads = 0
         self.idle = 0  # threads that wait, less what waits for them
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = "", self.server_address[1]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without a descriptor to be had, make one free."""
@@ -4385,9 +4957,9 @@ class NodeServer(ServerBase):
             oldest.shutdown(socket.SHUT_RDWR)
 
 
-class Handler(HandlerBase):
-    """Answers one request.  Answers are those of ../wire's node captures, except that
-    a bad request gets a status and a sentence where CloudCrowd's node said 500."""
+class RequestHandler(HandlerBase):
+    """One request, the only one of its connection: read within a deadline, and
+    answered so that the answer arrives.  A subclass says what it is."""
 
     protocol_version = "HTTP/1.1"
     server: NodeServer
@@ -4402,17 +4974,16 @@ class Handler(HandlerBase):
         reader = DeadlineReader(self.connection, self.server.patience)
         self.rfile = io.BufferedReader(reader, REQUEST_BUFFER)
 
-    def finish(self) -> None:
-        """See socketserver.StreamRequestHandler."""
-        self.rfile.close()
-
     def handle(self) -> None:
         """Answer, and see to it that the sender gets to read the answer."""
         try:
             try:
-                self._answer()
+                if self.read_head():
+                    self.answer()
+                else:
+                    self.is_read = True
             except BadRequest as error:
-                self.reply(error.status, str(error))
+                self.reply(error.status, str(error), header=error.header)
             except OSError:
                 raise
             except Exception:
@@ -4423,29 +4994,19 @@ class Handler(HandlerBase):
         except OSError as error:
             log.debug("%s has gone: %s", self.client_address[0], error)
 
-    def reply(
-        self,
-        status: int,
-        body: str,
-        kind: str = "text/plain;charset=utf-8",
-        header: str = "",
-    ) -> None:
-        """Send the whole answer at once.  Raises OSError where the peer has gone."""
-        data = body.encode("utf-8", "replace")
-        head = (
-            f"HTTP/1.1 {status} {HTTP_PHRASES.get(status, 'Refused')}\r\n"
-            f"{header}Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
-            "Connection: close\r\nServer: crowdnode\r\n\r\n"
-        ).encode("latin-1")
-        self.connection.sendall(head if self.command == "HEAD" else head + data)
+    def finish(self) -> None:
+        """See socketserver.StreamRequestHandler."""
+        self.rfile.close()
 
-    # Reading.
+    def answer(self) -> None:
+        """Answer the request whose head has been read.  May raise BadRequest."""
+        raise NotImplementedError
 
-    def parse_request(self) -> bool:
+    def read_head(self) -> bool:
         """Read the head; False where nobody asks.  Raises BadRequest.
 
-        Not the base's: that has the email package parse the headers, which takes a
-        third of the time of a whole request."""
+        Not parse_request of http.server, which has the email package parse the
+        headers: that takes a third of the time of a whole request."""
         line = self.rfile.readline(LINE_LIMIT + 1)
         if line in (b"\r\n", b"\n"):  # RFC 9112, section 2.2
             line = self.rfile.readline(LINE_LIMIT + 1)
@@ -4475,109 +5036,46 @@ class Handler(HandlerBase):
         """The value of a header, the first if it is there more than once."""
         return self.given.get(name, [default])[0]
 
-    def _answer(self) -> None:
-        if not self.parse_request():
-            self.is_read = True
-            return
-        self._require_allowed()
-        if not self._is_logged_in():
-            header = f'WWW-Authenticate: Basic realm="{REALM}"\r\n'
-            self.reply(401, "Authorization Required", header=header)
-            return
-        self._route()
+    def read_body(self, limit: float) -> bytes | None:
+        """Read the body, of *limit* MB at most; None where there is none, or none
+        whose length is said.  Raises BadRequest.
 
-    def _require_allowed(self) -> None:
-        """Raise BadRequest (403) where ``allow`` leaves the client out."""
-        allow = self.server.node.config.allow
-        if not allow:
-            return
-        client = ipaddress.ip_address(self.client_address[0].partition("%")[0])
-        client = getattr(client, "ipv4_mapped", None) or client
-        if not any(client in ipaddress.ip_network(network) for network in allow):
-            raise BadRequest(f"{client} is not in this node's allow.", 403)
-
-    def _is_logged_in(self) -> bool:
-        """Are the credentials right?  As Rack's Basic authentication has it, a scheme
-        other than Basic and what does not decode is a bad request."""
-        config = self.server.node.config
-        if not config.http_authentication:
-            return True
-        if "authorization" not in self.given:
-            return False
-        scheme, _, credentials = self.header("authorization").partition(" ")
-        try:
-            pair = base64.b64decode(credentials.strip(), validate=True)
-        except ValueError:
-            pair = b""
-        if scheme.lower() != "basic" or not pair:
-            raise BadRequest("Bad Request")
-        return hmac.compare_digest(pair, f"{config.login}:{config.password}".encode())
-
-    def _route(self) -> None:
-        try:
-            path, _, query = self.path.partition("?")
-            if "://" in path:
-                path = str(urllib.parse.urlsplit(path).path)
-            fields = form_fields(query)
-            fields.update(self._read_form())
-        except (UnicodeDecodeError, UnicodeEncodeError) as error:
-            raise BadRequest(f"The form is not UTF-8: {error}.") from None
-        except ValueError as error:
-            raise BadRequest(f"The form can't be read: {error}.") from None
-        method = "GET" if self.command == "HEAD" else self.command
-        if method == "POST":  # Rack's method override; protocol.md, "The unit"
-            override = self.header("x-http-method-override")
-            override = fields.get("_method", override).upper()
-            method = override if override in METHODS else method
-        if (method, path) == ("GET", "/heartbeat"):
-            self.reply(200, HEARTBEAT)
-        elif (method, path) == ("GET", "/status"):
-            status = json.dumps(self.server.node.status())
-            self.reply(200, status, "application/json")
-        elif (method, path) == ("GET", "/metrics"):
-            node = self.server.node
-            metrics = metrics_text(node.status(), node.units.durations)
-            self.reply(200, metrics, "text/plain; version=0.0.4; charset=utf-8")
-        elif (method, path) == ("GET", "/"):
-            node = self.server.node
-            page = draw_page(node.status(), node.details())
-            self.reply(200, page, "text/html; charset=utf-8", page_policy())
-        elif (method, path) == ("POST", "/work"):
-            self._work(fields)
-        else:
-            raise BadRequest("Not Found", 404)
-
-    def _read_form(self) -> dict[str, str]:
-        """Read the body before anything is answered: central would lose an answer
-        that is sent over unread bytes, and would drop this node for it."""
+        Before anything is answered: central would lose an answer that is sent over
+        unread bytes, and would drop this node for it."""
         lengths = set(self.given.get("content-length", []))
         is_chunked = "transfer-encoding" in self.given
         if is_chunked or not lengths:
-            if self.command == "POST" and self.path.partition("?")[0] == "/work":
-                raise BadRequest("A Content-Length is needed.", 411)
-            self.is_read = not is_chunked
+            self.is_read = not is_chunked and self.command != "POST"
             self.server.request_is_read(self.request)
-            return {}
+            return None
         length = lengths.pop()
         if lengths or not re.fullmatch(r"[0-9]{1,18}", length):
             raise BadRequest("The Content-Length is no single number.")
-        limit = self.server.node.config.max_request_size
         if int(length) > limit * MEGABYTE:
-            raise BadRequest(
-                f"The request is over max_request_size, {limit:g} MB.", 413
-            )
+            sentence = f"The request is over max_request_size, {limit:g} MB."
+            raise BadRequest(sentence, 413)
         body = self.rfile.read(int(length))
         self.is_read = True
         self.server.request_is_read(self.request)
         if len(body) < int(length):
             raise BadRequest(f"The body ended after {len(body)} of {length} bytes.")
-        kind = self.header("content-type").partition(";")[0].strip().lower()
-        if self.command != "POST" or kind not in (
-            "",
-            "application/x-www-form-urlencoded",
-        ):
-            return {}
-        return form_fields(body.decode())
+        return body
+
+    def reply(
+        self,
+        status: int,
+        body: str,
+        kind: str = "text/plain;charset=utf-8",
+        header: str = "",
+    ) -> None:
+        """Send the whole answer at once.  Raises OSError where the peer has gone."""
+        data = body.encode("utf-8", "replace")
+        head = (
+            f"HTTP/1.1 {status} {HTTP_PHRASES.get(status, 'Refused')}\r\n"
+            f"{header}Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
+            "Connection: close\r\nServer: crowdnode\r\n\r\n"
+        ).encode("latin-1")
+        self.connection.sendall(head if self.command == "HEAD" else head + data)
 
     def _linger(self) -> None:
         """Read on for a while after an answer to what was not read: closed with
@@ -4588,30 +5086,113 @@ class Handler(HandlerBase):
         while time.monotonic() < deadline and self.connection.recv(READ_SIZE):
             pass
 
-    # POST /work
+
+class NodeHandler(RequestHandler):
+    """The routes.  Answers are those of CloudCrowd's node, except that a bad request
+    gets a status and a sentence where that one said 500."""
+
+    def answer(self) -> None:
+        """See RequestHandler."""
+        self._require_allowed()
+        self._require_login()
+        node = self.server.node
+        path, fields = self._read_fields()
+        route = (self._method(fields), path)
+        if route == ("GET", "/heartbeat"):
+            self.reply(200, HEARTBEAT)
+        elif route == ("POST", "/work"):
+            self._work(fields)
+        elif route == ("GET", "/status"):
+            self.reply(200, json.dumps(node.status()), "application/json")
+        elif route == ("GET", "/metrics"):
+            metrics = metrics_text(node.status(), node.tally.durations)
+            self.reply(200, metrics, "text/plain; version=0.0.4; charset=utf-8")
+        elif route == ("GET", "/"):
+            page = draw_page(node.status(), node.details())
+            self.reply(200, page, "text/html; charset=utf-8", page_policy())
+        else:
+            raise BadRequest("Not Found", 404)
+
+    def _require_allowed(self) -> None:
+        """Raise BadRequest where ``allow`` leaves the client out."""
+        allow = self.server.node.config.allow
+        if not allow:
+            return
+        client = ipaddress.ip_address(self.client_address[0].partition("%")[0])
+        client = getattr(client, "ipv4_mapped", None) or client
+        if not any(client in ipaddress.ip_network(network) for network in allow):
+            raise BadRequest(f"{client} is not in this node's allow.", 403)
+
+    def _require_login(self) -> None:
+        """Raise BadRequest where the credentials are wrong.  As Rack's Basic
+        authentication has it, a scheme other than Basic and what does not decode is
+        400, not 401."""
+        config = self.server.node.config
+        if not config.http_authentication:
+            return
+        challenge = f'WWW-Authenticate: Basic realm="{REALM}"\r\n'
+        refusal = BadRequest("Authorization Required", 401, challenge)
+        if "authorization" not in self.given:
+            raise refusal
+        scheme, _, credentials = self.header("authorization").partition(" ")
+        try:
+            pair = base64.b64decode(credentials.strip(), validate=True)
+        except ValueError:
+            pair = b""
+        if scheme.lower() != "basic" or not pair:
+            raise BadRequest("Bad Request")
+        if not hmac.compare_digest(pair, f"{config.login}:{config.password}".encode()):
+            raise refusal
+
+    def _read_fields(self) -> tuple[str, dict[str, str]]:
+        """The path, and the fields of the query and of the form."""
+        try:
+            path, _, query = self.path.partition("?")
+            if "://" in path:
+                path = str(urllib.parse.urlsplit(path).path)
+            fields = form_fields(query)
+            body = self.read_body(self.server.node.config.max_request_size)
+            if body is None and self.command == "POST" and path == "/work":
+                raise BadRequest("A Content-Length is needed.", 411)
+            kind = self.header("content-type").partition(";")[0].strip().lower()
+            if kind in ("", FORM_TYPE) and self.command == "POST":
+                fields.update(form_fields((body or b"").decode()))
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise BadRequest(f"The form is not UTF-8: {error}.") from None
+        except ValueError as error:
+            raise BadRequest(f"The form can't be read: {error}.") from None
+        return path, fields
+
+    def _method(self, fields: dict[str, str]) -> str:
+        """The method that is meant: protocol.md, "The unit", has Rack's override."""
+        if self.command != "POST":
+            return "GET" if self.command == "HEAD" else self.command
+        override = self.header("x-http-method-override")
+        override = fields.get("_method", override).upper()
+        return override if override in METHODS else "POST"
 
     def _work(self, fields: dict[str, str]) -> None:
+        node = self.server.node
         if "work_unit" not in fields:
             raise BadRequest("There is no field work_unit in the form.")
-        unit = parse_unit(fields["work_unit"])
-        units = self.server.node.units
+        request = parse_unit(fields["work_unit"])
         try:
-            entry = units.take(unit)
+            unit = node.intake.take(request)
         except RecursionError:
             raise BadRequest("work_unit is nested too deeply") from None
         except NodeOverloaded as error:
-            units.tally("refused")
+            node.tally.count("refused")
             try:
                 self.reply(503, OVERLOADED_MESSAGE)
             finally:  # central takes this node for busy from here on
-                self.server.node.refused(str(error))
+                node.refused(str(error))
             return
         written = False
         try:
-            self.reply(200, f'{{"pid":{entry.pid}}}', "application/json")
+            self.reply(200, f'{{"pid":{unit.pid}}}', "application/json")
             written = True
         finally:
-            units.replied(entry, written)
+            node.units.replied(unit, written)
 
 
 def form_fields(form: str) -> dict[str, str]:
@@ -4624,14 +5205,14 @@ def form_fields(form: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def listen(node: Node, listener: int | None) -> NodeServer:
+def listen(config: Config, listener: int | None) -> NodeServer:
     """Bind the node's port and listen; or go on with the *listener* (a descriptor) of
     the node that this process was.  Raises CrowdError."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    handler = type("NodeHandler", (Handler, BaseHTTPRequestHandler), {})
-    server = type("NodeHTTPServer", (NodeServer, ThreadingHTTPServer), {})
-    bind, port = node.config.bind, node.config.port
+    handler = type("Handler", (NodeHandler, BaseHTTPRequestHandler), {})
+    server = type("Server", (NodeServer, ThreadingHTTPServer), {})
+    bind, port = config.bind, config.port
     if ":" in bind:
         server.address_family = socket.AF_INET6  # type: ignore[attr-defined]
     try:
@@ -4647,71 +5228,53 @@ def listen(node: Node, listener: int | None) -> NodeServer:
         os.set_inheritable(listener, False)
         result.socket = socket.socket(fileno=listener)
         result.take_address()
-    result.node = node
     result.patience = REQUEST_DEADLINE
     return result
 
 
 # ---------------------------------------------------------------------------
-# Node, part five: its life.  Start, check-in, monitoring, reload, stop.
+# Node, part seven: its life.  Start, reload, upgrade, stop.
 # ---------------------------------------------------------------------------
 
 
-NODE_SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
-PLACE_KEYS = ("state_path", "host", "port", "bind")  # changed by a restart alone
+class Lifetime:
+    """A node's life in this process.
 
-
-class Node:
-    """Registers with central, takes work units, and reports what came of them.
-
-    load: reads the configuration anew, for SIGHUP; program: what a fork server runs;
+    load: reads the configuration anew, for SIGHUP; path: of what its fork servers run;
     unclean: the last node here did not check out; listener: a descriptor, of the node
-    that this process was before an upgrade.  run() is the whole of its life."""
+    that this process was before an upgrade.  run() is the whole of it."""
+
+    server: NodeServer  # from run() on
+    node: Node
 
     def __init__(
         self,
         config: Config,
         load: Callable[[], Config],
-        program: str,
-        unclean: bool = False,
-        listener: int | None = None,
+        path: str,
+        unclean: bool,
+        listener: int | None,
     ) -> None:
         self.config = config
         self.load = load
-        self.program = program
-        self.identity = running_identity()
         self.unclean = unclean
         self.listener = listener
         self.is_upgrade = listener is not None
         # Clean: central has nothing of ours, so there is no need to check out.
         self.clean = not unclean and not self.is_upgrade
-        self.started = time.monotonic()
-        self.signals, self.signal_writer = os.pipe()
-        self.stopping = False
-        self.overload = Overload()
-        self.units = Units(self)
-        self.reporter = Reporter(self.units.deliver)
-        self.check_in_loop = Repeater(self.check_in_periodically, CHECK_IN_INTERVAL)
-        self.monitor_loop = Repeater(self.monitor_system, MONITOR_INTERVAL)
-        self.check_in_backoff = Backoff()
-        self.history = History()
-        self.load_average_now: float | None = None
-        self.free_memory_now: float | None = None
-        self.unknown: set[str] = set()  # what was said to be unknown
-        self.link: ForkServerLink | None = None
-        self.link_lock = threading.Lock()
-        self.links: set[ForkServerLink] = set()  # all, those that finish included
-        self.strays: set[int] = set()  # children that nobody waits for
-        self.restarts = 0
-
-    # Start.
+        self.signals = Signals()
+        self.program = Program(path)
 
     def run(self, started: Callable[[], None]) -> bool:
         """Start, call *started*, work until a signal comes, and stop; False.  Or, where
         this program has been replaced, True: its next version is to go on.
 
         Raises CrowdError where it can't start."""
-        self.trap_signals(self.stop_starting)
+        self.server = listen(self.config, self.listener)
+        port = int(self.server.server_address[1])
+        node = Node(self.config, port, self.program, self.unclean, self._outdated)
+        self.node = self.server.node = node
+        self.signals.trap(self._stop_starting)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, NODE_SIGNALS)
         try:
             self.start()
@@ -4719,22 +5282,23 @@ class Node:
             self.give_up_starting()
             raise CrowdError(f"stopped by {error} while starting") from None
         except BaseException:
-            self.abandon()
+            node.servers.stop()
             raise
         log.info(
             "crowdnode %s, %s port %d, has checked in with %s; actions: %s",
-            __version__, self.config.host, self.port, self.config.central_server,
-            ", ".join(self.enabled_actions),
+            __version__, self.config.host, node.port, self.config.central_server,
+            ", ".join(node.servers.actions),
         )  # fmt: skip
         started()
         with contextlib.suppress(OSError):
             start_thread(self.warn_about_host)
-        while self.next_signal() == signal.SIGHUP:
-            if self.is_outdated():
-                if self.hand_over():
-                    return True
+        while self.signals.next() == signal.SIGHUP:
+            if not self.program.is_outdated(self.config):
+                self.reload()
+            elif self.hand_over():
+                return True
+            else:
                 break
-            self.reload()
         self.shut_down()
         return False
 
@@ -4744,482 +5308,117 @@ class Node:
 
         A node that goes on after an upgrade lets its requests wait until it can take
         them, and does not end because central is away."""
-        self.server = listen(self, self.listener)
-        self.port = int(self.server.server_address[1])
-        write_file(self.config.state_file("node.port"), b"%d\n" % self.port)
-        self.central = Central(self.config, self.port)
+        node = self.node
+        write_file(self.config.state_file("node.port"), b"%d\n" % node.port)
+        node.reporter.start(node.delivery.deliver)
         if not self.is_upgrade:
             start_thread(self.server.serve_forever)
-        self.link = self.start_fork_server(self.config)
-        self.look_to(self.link)
+        node.servers.use(node.servers.start(self.config))
         self.recover()
-        self.overloaded()
-        self.overload.end("starting")
-        self.overload.over = self.check_in_soon
+        node.vitals.look()
+        node.overload.end("starting")
+        node.overload.over = node.registration.loop.soon
         self.clean = False
         if self.is_upgrade:
             start_thread(self.server.serve_forever)
-        if not self.check_in(critical=not self.is_upgrade):
-            self.check_in_soon()
-        self.check_in_loop.start()
-        self.monitor_loop.start()
-        self.trap_signals(lambda number, frame: None)
-
-    def trap_signals(self, stop: Callable[[int, Any], None]) -> None:
-        """Have a signal write its number into a pipe, and the signals that stop the
-        node call *stop*.
-
-        Python writes in whichever thread the kernel has picked; the handlers proper
-        may wait until the main thread, which sleeps, happens to wake."""
-        os.set_blocking(self.signal_writer, False)
-        signal.set_wakeup_fd(self.signal_writer)
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
-        for number in NODE_SIGNALS - {signal.SIGHUP}:
-            signal.signal(number, stop)
-
-    def stop_starting(self, number: int, frame: Any) -> None:
-        """The start may wait for minutes: for modules that load, for central."""
-        raise KeyboardInterrupt(signal_name(number))
-
-    def give_up_starting(self) -> None:
-        """A signal came: if there are units already, this is a stop like any other."""
-        self.trap_signals(lambda number, frame: None)
-        self.next_signal(0)
-        if self.units.by_name:
-            self.shut_down()
+            node.registration.loop.soon()
         else:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Have the fork server end with its last worker; the next node adopts them."""
-        self.stopping = True
-        if self.link:
-            self.link.finish()
-
-    def next_signal(self, seconds: float | None = None) -> int | None:
-        """Wait for a signal; None where none comes in time."""
-        if select.select([self.signals], [], [], seconds)[0]:
-            return os.read(self.signals, 1)[0]
-        return None
-
-    def start_fork_server(self, config: Config) -> ForkServerLink:
-        """Start one and wait until it has loaded the actions.  Raises CrowdError."""
-        if self.program == PROGRAM and self.is_replaced():
-            raise CrowdError(f"{PROGRAM} is not what this node runs any more")
-        link = ForkServerLink(self.program, config, self.receive)
-        self.links.add(link)
-        in_time = link.ready.wait(LOAD_DEADLINE)
-        with contextlib.suppress(OSError):
-            log_output("fork server", read_file(link.output, OUTPUT_TAIL))
-            os.truncate(link.output, 0)
-        for level, sentence in link.problems:
-            log.log(getattr(logging, level.upper()), "%s", sentence)
-        if link.actions:
-            return link
-        link.kill()
-        if link.gone:
-            raise CrowdError(f"the fork server died while it loaded: {link.gone}")
-        if not in_time:
-            raise CrowdError(f"the actions did not load within {LOAD_DEADLINE} s")
-        reasons = "".join(f"\n{sentence}" for _, sentence in link.problems)
-        raise CrowdError(
-            f"there is no action in {self.config.actions_path}, and none built in "
-            f"is enabled: nothing to do{reasons}"
-        )
-
-    @property
-    def enabled_actions(self) -> list[str]:
-        """The names of the actions that this node does."""
-        return sorted(self.link.actions) if self.link else []
+            node.registration.check_in()
+        node.registration.loop.start()
+        node.monitor_loop.start()
+        self.signals.trap(lambda number, frame: None)
 
     def recover(self) -> None:
         """Settle what an earlier node has left.
 
         Reported first is what is on disk, for a minute at most."""
+        node = self.node
         sweep_all(self.config.temp_storage_path)
-        self.units.look()
-        if self.is_upgrade:
-            return
+        node.watch.look()
         deadline = time.monotonic() + RECOVERY_DEADLINE
-        while self.units.waiting() and not self.reporter.central_is_away:
+        while not self.is_upgrade and node.units.waiting():
+            if node.reporter.central_is_away or time.monotonic() > deadline:
+                break
             # Not at each report: to count takes as long as they are many.
             time.sleep(0.05)
-            if time.monotonic() > deadline:
-                break
+
+    def _stop_starting(self, number: int, frame: Any) -> None:
+        """The start may wait for minutes: for modules that load, for central."""
+        raise KeyboardInterrupt(signal_name(number))
+
+    def give_up_starting(self) -> None:
+        """A signal came: if there are units already, this is a stop like any other."""
+        self.signals.trap(lambda number, frame: None)
+        self.signals.next(0)
+        if self.node.units.by_name:
+            self.shut_down()
+        else:
+            self.node.servers.stop()
 
     def warn_about_host(self) -> None:
         """One host name that central can't resolve stops the whole crowd."""
         for level, sentence in host_problems(self.config):
             log.log(getattr(logging, level.upper()), "%s", sentence)
 
-    # Central.
+    def _outdated(self) -> None:
+        self.signals.feign(signal.SIGHUP)
 
-    def check_in(self, critical: bool = False) -> bool:
-        """Tell central that this node is here.  critical: it is the first time, and
-        raises CrowdError, for without central there is nothing to do.
-
-        Central never expires the units of a node that just checks in again, so after
-        an unclean end it is made to let go of them: as soon as this node has none."""
+    def reload(self) -> None:
+        """Take over configuration and actions; nothing that runs notices."""
+        node = self.node
+        for handler in log.handlers:
+            handler.close()  # it opens its file again with the next line
         try:
-            if self.unclean and not self.units.by_name:
-                log.info("the last node here did not check out; doing so")
-                self.central.check_out()
-                self.unclean = False
-            self.central.check_in(bool(self.overload), self.enabled_actions)
-        except CentralError as error:
-            sentence = (
-                "Failed to connect to the central server "
-                f"({self.config.central_server}). {error}"
-            )
-            if critical:
-                raise CrowdError(sentence) from None
-            log.warning("%s", sentence)
-            return False
-        self.check_in_backoff = Backoff()
-        return True
-
-    def check_in_periodically(self) -> float:
-        """One step of the loop: check in; soon again if that failed, for ever."""
-        if self.check_in():
-            return CHECK_IN_INTERVAL
-        return self.check_in_backoff.failed()
-
-    def check_in_soon(self) -> None:
-        """Have the check-in loop do its next step now."""
-        self.check_in_loop.soon()
-
-    def check_out(self) -> bool:
-        """Have central give this node's units to others."""
-        try:
-            self.central.check_out()
-        except CentralError as error:
-            log.warning("can't check out: %s; the next node here will do it", error)
-            return False
-        return True
-
-    # Work.
-
-    def receive(self, link: ForkServerLink, message: list[Any]) -> None:
-        """One message of a fork server, on its link's thread."""
-        kind, *rest = message
-        if kind == "started":
-            self.units.started(link, str(rest[0]), rest[1])
-        elif kind == "ended":
-            self.units.ended(link, str(rest[0]), rest[1], rest[2])
-        elif kind == "refused":
-            self.units.refused(link, str(rest[0]), rest[1])
-        elif kind == "exists":
-            self.units.refused(link, str(rest[0]), "exists")
-        elif kind == "tried" and rest[0] is None:
-            self.overload.end("start")
-        elif kind == "tried":
-            self.overload.begin("start", rest[0])
-        elif kind == "gone":
-            self.links.discard(link)
-            ours = self.lose(link)
-            self.units.orphan(link)
-            if ours:
-                self.replace_fork_server(link)
-            self.monitor_loop.soon()
-
-    def lose(self, link: ForkServerLink) -> bool:
-        """*link* has gone: was it ours, and is it for the caller to replace it?"""
-        with self.link_lock:
-            ours = link is self.link and not link.replaced and not self.stopping
-            link.replaced = link.replaced or ours
-        if ours:
-            log.error("the fork server has gone (%s); starting another", link.gone)
-            self.overload.begin("fork server", "the fork server is starting")
-        return ours
-
-    def replace_fork_server(self, link: ForkServerLink) -> None:
-        """Start another fork server instead of *link*; workers do not notice.
-
-        An action that loaded before is given some time to load again: whatever ended
-        the last fork server may keep the next from reading it."""
-        backoff = Backoff()
-        give_up = time.monotonic() + RELOAD_PATIENCE
-        while not self.stopping and self.link is link:
-            if self.is_replaced():
-                os.write(self.signal_writer, bytes([signal.SIGHUP]))  # for an upgrade
-            self.restarts += 1
-            try:
-                fresh = self.start_fork_server(self.config)
-                lost = set(link.actions) - set(fresh.actions)
-                if lost and time.monotonic() < give_up:
-                    fresh.kill()
-                    raise CrowdError(f"{', '.join(sorted(lost))} did not load")
-            except (CrowdError, OSError) as error:
-                wait = backoff.failed()
-                log.error("no fork server: %s; again in %.0f s", error, wait)
-                time.sleep(wait)
-                continue
-            with self.link_lock:  # a reload may have been quicker
-                is_wanted = self.link is link
-                self.link = fresh if is_wanted else self.link
-            if not is_wanted:
-                fresh.finish()
-        if self.link and not self.stopping:
-            self.overload.end("fork server")
-            self.look_to(self.link)
-
-    def look_to(self, link: ForkServerLink) -> None:
-        """Replace *link* if it had gone before it was ours."""
-        if link.gone and self.lose(link):
-            self.replace_fork_server(link)
-
-    def refused(self, reason: str) -> None:
-        """A unit was refused, so central takes this node for busy until it checks in:
-        there must be a reason that ends."""
-        if not self.overload:
-            self.overload.begin("unit", reason)
-
-    # Monitoring.
-
-    def monitor_system(self) -> None:
-        """One step of the loop: load, memory, workers, records, fork server."""
-        self.overload.end("unit")
-        self.bury()
-        while unswept:
-            sweep(unswept.pop())
-        self.units.look_for_room()
-        self.overloaded()
-        ended = sum(self.units.counts[kind] for kind in OUTCOMES)
-        self.history.note(self.load_average_now, self.free_memory_now, ended)
-        self.probe_fork_server()
-        self.units.look()
-        if self.unclean and not self.units.by_name:
-            self.check_in_soon()
-        self.overload.remind()
-
-    def overloaded(self) -> bool:
-        """Is a limit of the machine's load or memory passed?  Where a value is
-        unknown, the state stays what it was."""
-        config = self.config
-        self.load_average_now = self.load_average()
-        self.free_memory_now = self.free_memory()
-        load, free = self.load_average_now, self.free_memory_now
-        if config.max_load:
-            self._compare("max_load", load, load is not None and load > config.max_load)
-        else:
-            self.overload.end("max_load")
-        for key, now in (
-            ("min_free_memory", free),
-            ("min_available_memory", self.available_memory()),
-        ):
-            limit = getattr(config, key)
-            if limit:
-                self._compare(key, now, now is not None and now < limit)
-            else:
-                self.overload.end(key)
-        return bool(self.overload)
-
-    def _compare(self, key: str, now: float | None, passed: bool) -> None:
-        if now is None:
-            if key not in self.unknown:
-                self.unknown.add(key)
-                log.warning("%s: this machine does not tell; it does nothing", key)
-        elif passed:
-            limit = getattr(self.config, key)
-            what = "load average" if key == "max_load" else "MB of memory"
-            self.overload.begin(key, f"{now:.2f} {what}, {key} is {limit:g}")
-        else:
-            self.overload.end(key)
-
-    def load_average(self) -> float | None:
-        """The one-minute load average; None: unknown."""
-        return parse_load(command_output("uptime"))
-
-    def free_memory(self) -> float | None:
-        """Megabytes of free memory; None: unknown."""
-        if sys.platform == "darwin":
-            return parse_vm_stat(command_output("vm_stat"))
-        return linux_memory(SCRAPE_LINUX_MEMORY)
-
-    def available_memory(self) -> float | None:
-        """Megabytes that Linux could give to a new process; None: unknown."""
-        return linux_memory(SCRAPE_LINUX_AVAILABLE)
-
-    def probe_fork_server(self) -> None:
-        """While a start has failed: is it over?  One that is silent is replaced."""
-        link, now = self.link, time.monotonic()
-        if link is None or not self.overload.has("start"):
+            config = self.load()
+            for warning in config.keep_place(vars(self.config)):
+                log.warning("%s", warning)
+            link = node.servers.start(config)
+        except (CrowdError, OSError) as error:
+            log.error("not reloaded, all stays as it was: %s", error)
             return
-        if link.probed is None:
-            link.probed = now
-            link.send("try")
-        elif now - link.probed > PROBE_DEADLINE:
-            log.error("the fork server has not answered for %d s", PROBE_DEADLINE)
-            link.kill()  # what replaces it is probed in its turn
-
-    def status(self) -> Json:
-        """What GET /status answers: seconds, MB, null where unknown."""
-        central = self.central
-        ago = central.checked_in
-        return {
-            "version": __version__,
-            "host": self.config.host,
-            "port": self.port,
-            "pid": os.getpid(),
-            "uptime": round(time.monotonic() - self.started, 3),
-            "central": {
-                "url": self.config.central_server,
-                "dialect": central.dialect,
-                "checked_in_ago": ago and round(time.monotonic() - ago, 3),
-                "error": central.error,
-            },
-            "actions": self.enabled_actions,
-            "max_workers": self.config.max_workers,
-            "overloaded": bool(self.overload),
-            "reason": self.overload.reason,
-            "load_average": self.load_average_now,
-            "free_memory": self.free_memory_now and round(self.free_memory_now, 1),
-            "fork_server": {
-                "pid": self.link.pid if self.link else None,
-                "restarts": self.restarts,
-            },
-            "running": [unit.status() for unit in self.units.running()],
-            "unreported": len(self.units.waiting()),
-            "counts": dict(self.units.counts),
-        }
-
-    def details(self) -> Json:
-        """What GET / shows besides the status: seconds, MB, null where unknown."""
-        config, answered = self.config, self.central.answered
-        return {
-            "tag": config.tag,
-            "answered_ago": answered and time.monotonic() - answered,
-            "refused_for": self.overload.seconds,
-            "max_load": config.max_load,
-            "min_free_memory": config.min_free_memory,
-            "available_memory": self.available_memory(),
-            "min_available_memory": config.min_available_memory,
-            "time_limits": {
-                name: config.limit(name, "time_limit") for name in self.enabled_actions
-            },
-            "recent": list(self.units.recent),
-            "waiting": [unit.status() for unit in self.units.waiting()[:RECENT]],
-            "history": list(self.history.minutes),
-        }
-
-    # Reload, upgrade and stop.
-
-    def is_replaced(self) -> bool:
-        """Is in this program's file what this process does not run?"""
-        return source_identity() not in (self.identity, b"")
-
-    def is_outdated(self) -> bool:
-        """Has this program's file been replaced, by one that works here?"""
-        if not self.is_replaced():
-            return False
-        command = [sys.executable, PROGRAM, *arguments_of(self.config), "--status"]
-        problem = ""
-        try:
-            trial = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=LOAD_DEADLINE,
-            )
-            if trial.returncode not in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT):
-                problem = trial.stderr.decode("utf-8", "replace").strip()
-                problem = problem or describe_end(trial.returncode)
-        except (OSError, subprocess.SubprocessError) as error:
-            problem = str(error)
-        if problem:
-            log.error("%s has been replaced by one that does not work here, so this "
-                      "node goes on as it was: %s", PROGRAM, problem)  # fmt: skip
-        return not problem
+        self.config.replace(config)
+        node.servers.use(link)
+        log.setLevel(config.log_level.upper())
+        log.info("reloaded; actions: %s", ", ".join(node.servers.actions))
+        node.registration.loop.soon()
 
     def hand_over(self) -> bool:
         """Finish what is under way, for the next version to go on in this process:
         same pid, same lock, same listener.  Workers do not notice.
 
         False where a signal to stop has come meanwhile."""
+        node = self.node
         log.info("%s has been replaced: going on as what it is now", PROGRAM)
-        self.stopping = True  # no other fork server: it would be of the next version
-        self.program = compiled(self.config)
-        self.monitor_loop.stop()
-        self.check_in_loop.stop()
+        node.servers.stopping = True  # another would be of the next version
+        self.program = Program(compiled(self.config))
+        node.monitor_loop.stop()
+        node.registration.loop.stop()
         self.server.finish(HAND_OVER_DEADLINE)
-        self.reporter.stop(HAND_OVER_DEADLINE)
+        node.reporter.stop(HAND_OVER_DEADLINE)
         number: int | None = signal.SIGHUP
         while number == signal.SIGHUP:
-            number = self.next_signal(0)
+            number = self.signals.next(0)
         return number is None
-
-    def bury(self) -> None:
-        """Reap children that nobody waits for: those from before an upgrade, and all
-        orphans where the node is a container's first process.  Seen twice, so that
-        it is none that somebody has just started."""
-        known = {link.pid for link in self.links}
-        strays = set(children()) - known - {command.pid for command in running_commands}
-        for pid in strays & self.strays:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        self.strays = strays
-
-    def reload(self) -> None:
-        """Take over configuration and actions; nothing that runs notices."""
-        for handler in log.handlers:
-            handler.close()  # it opens its file again with the next line
-        try:
-            config = self.load()
-            for warning in keep_place(config, vars(self.config)):
-                log.warning("%s", warning)
-            link = self.start_fork_server(config)
-        except (CrowdError, OSError) as error:
-            log.error("not reloaded, all stays as it was: %s", error)
-            return
-        self.config, dialect = config, self.central.dialect
-        self.central = Central(config, self.port)
-        if config.dialect == "auto":
-            self.central.dialect = dialect
-        with self.link_lock:
-            old, self.link = self.link, link
-        if old:
-            old.finish()
-        self.look_to(link)
-        log.setLevel(config.log_level.upper())
-        log.info("reloaded; actions: %s", ", ".join(self.enabled_actions))
-        self.check_in_soon()
 
     def shut_down(self) -> None:
         """Refuse new work, wait drain_time for what runs, check out, end the rest."""
-        self.stopping = True
-        self.overload.begin("stopping", "the node is stopping")
-        log.info("stopping; %d units are running", len(self.units.active))
-        self.monitor_loop.stop()
-        self.check_in_loop.stop()
+        node = self.node
+        node.servers.stopping = True
+        node.overload.begin("stopping", "the node is stopping")
+        log.info("stopping; %d units are running", len(node.units.active))
+        node.monitor_loop.stop()
+        node.registration.loop.stop()
         deadline = time.monotonic() + self.config.drain_time
-        while self.units.by_name and time.monotonic() < deadline:
-            if self.next_signal(0.05):
+        while node.units.by_name and time.monotonic() < deadline:
+            if self.signals.next(0.05):
                 break  # a second signal
-        self.clean = self.check_out()
-        self.units.end_all(released=self.clean)
-        if self.link:
-            self.link.finish()
-            self.link.wait(KILL_GRACE)
+        self.clean = node.registration.check_out()
+        node.watch.end_all(released=self.clean)
+        node.servers.stop()
+        node.servers.wait(KILL_GRACE)
         for process in list(running_commands):
             kill_group(process.pid, signal.SIGKILL)
         log.info("stopped")
-
-
-def keep_place(config: Config, place: Json) -> list[str]:
-    """Have *config* say what *place* does of where the node is; returns warnings."""
-    changed = [key for key in PLACE_KEYS if getattr(config, key) != place[key]]
-    for key in changed:
-        setattr(config, key, place[key])
-    return [f"{key} has changed: that takes a restart" for key in changed]
-
-
-def arguments_of(config: Config) -> list[str]:
-    """The arguments that say on a command line where *config* comes from."""
-    arguments = ["--config", config.file or ""]
-    for key, value in config.settings:
-        arguments += ["--set", f"{key}={value}"]
-    return arguments
 
 
 def host_problems(config: Config) -> list[tuple[str, str]]:
@@ -5944,7 +6143,7 @@ def be_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> int:
 def run_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> None:
     """See be_node."""
     config = lock.config
-    node = None
+    life = None
     try:
         import_node_modules()
         prepare_directories(config)
@@ -5960,22 +6159,22 @@ def run_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> None
         allow_descriptors()
         for warning in state_warnings(config):
             log.warning("%s", warning)
-        node = Node(config, load, program, lock.unclean, launch.listener)
+        life = Lifetime(config, load, program, lock.unclean, launch.listener)
         if launch.attended:
-            start_thread(stop_at_end_of_input, node)
-        live(node, lock, launch)
+            start_thread(stop_at_end_of_input, life.signals)
+        live(life, lock, launch)
     except (OSError, ImportError) as error:  # the latter without descriptors
         raise CrowdError(f"can't start: {error}") from None
     finally:
-        lock.release(node.clean if node else not lock.unclean)
+        lock.release(life.clean if life else not lock.unclean)
 
 
-def live(node: Node, lock: NodeLock, launch: Launch) -> None:
-    """Run *node*, and what comes after an upgrade; log what ends it."""
+def live(life: Lifetime, lock: NodeLock, launch: Launch) -> None:
+    """Run a node, and what comes after an upgrade; log what ends it."""
     try:
-        if node.run(lambda: launch.tell(EXIT_OK)):
-            launch.listener = node.server.fileno()
-            execute(node.program, lock, launch, vars(node.config))
+        if life.run(lambda: launch.tell(EXIT_OK)):
+            launch.listener = life.server.fileno()
+            execute(life.program.path, lock, launch, vars(life.config))
     except CrowdError as error:
         log.error("%s", error)
         raise
@@ -6004,7 +6203,7 @@ def execute(
         if descriptor is not None:
             os.set_inheritable(descriptor, True)
     place = {key: place[key] for key in PLACE_KEYS} if place else {}
-    arguments = arguments_of(lock.config)
+    arguments = lock.config.arguments()
     arguments += ["--daemon"] if launch.daemon else []
     arguments += [ATTENDED_FLAG] if launch.attended else []
     arguments += [RESUME_FLAG, json.dumps([*kept, lock.unclean, place])]
@@ -6024,18 +6223,18 @@ def resume_node(
     if not os.environ.pop(ARENAS_BEFORE, ""):
         os.environ.pop(ARENAS, None)  # it is not for actions
     if place:
-        config.warnings += keep_place(config, place)
+        config.warnings += config.keep_place(place)
     lock = NodeLock(config)
     lock.resume(locked, unclean)
     launch = Launch(arguments.daemon, arguments.attended, waiting, listener)
     return be_node(lock, load, launch)
 
 
-def stop_at_end_of_input(node: Node) -> None:
-    """Stop *node* when whoever started it has gone, and its end of the pipe with it."""
+def stop_at_end_of_input(signals: Signals) -> None:
+    """Stop when whoever started the node has gone, and his end of the pipe with him."""
     while os.read(0, READ_SIZE):
         pass
-    os.write(node.signal_writer, bytes([signal.SIGTERM]))
+    signals.feign(signal.SIGTERM)
 
 
 def run_in_foreground(

@@ -3667,6 +3667,17 @@ class Daemon(CrowdTest):
         self.assertEqual(node.do(unit()), ("succeeded", "x"))
         node.write_config(max_load="")
 
+    def test_a_reload_leaves_the_node_where_it_is(self) -> None:
+        node = self.daemon()
+        node.write_config(state_path="elsewhere", port=1)
+        os.kill(self.pid_of(node), signal.SIGHUP)
+        wait_for(lambda: node.said("reloaded; actions: "), "the reload")
+        for key in ("state_path", "port"):
+            self.assertEqual(node.said(f"{key} has changed: that takes a restart"), 1)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        wait_for(lambda: not node.units(), "its record was here and is gone")
+        node.write_config(state_path="state", port=0)
+
     def test_a_wedged_node_is_replaced(self) -> None:
         constants = {"WEDGED_AFTER": 0.5, "HEARTBEAT_DEADLINE": 0.2, "TERM_GRACE": 0.3}
         node = self.daemon(constants=constants)
@@ -3992,7 +4003,7 @@ class Portability(CrowdTest):
         program = (
             f"import sys; sys.path.insert(0, {HERE!r}); import crowdnode; "
             "crowdnode.import_command_modules(); crowdnode.import_node_modules(); "
-            "sys.platform = 'darwin'; print(crowdnode.Node.free_memory(None))"
+            "sys.platform = 'darwin'; print(crowdnode.free_memory())"
         )
         done = subprocess.run(
             [sys.executable, "-c", program],
