@@ -114,80 +114,34 @@ PROGRAM = os.path.abspath((lambda: None).__code__.co_filename)
 IS_COMPILED = __file__.endswith(".pyc")
 
 # ---------------------------------------------------------------------------
-# Constants and errors: the wire's words, the intervals, the exit statuses.
+# Constants and errors: what more than one part needs.
 # ---------------------------------------------------------------------------
 
 DEFAULT_PORT = 9063
 HEARTBEAT = "buh-bump"  # what both sides answer to GET /heartbeat
 OVERLOADED_MESSAGE = "Node Overloaded"  # the body central knows a refusal by
-REALM = "CloudCrowd"
 
-SCRAPE_UPTIME = re.compile(r"\d+\.\d+")
-SCRAPE_LINUX_MEMORY = re.compile(r"MemFree:\s+(\d+) kB")
-SCRAPE_LINUX_AVAILABLE = re.compile(r"MemAvailable:\s+(\d+) kB")
-SCRAPE_MAC_MEMORY = re.compile(r"Pages free:\s+(\d+).")
-SCRAPE_MAC_PAGE = re.compile(r"page size of (\d+) bytes")
-
-MONITOR_INTERVAL = 3  # seconds
-CHECK_IN_INTERVAL = 300  # seconds
-MINUTE = 60  # seconds
-RETRY_WAIT = 5  # seconds, doubled at each failure up to
-RETRY_WAIT_LIMIT = 60  # seconds
-REMINDER_INTERVAL = 60  # seconds between two log lines about the same overload
-SCRAPE_DEADLINE = 5  # seconds for uptime and vm_stat
-REQUEST_DEADLINE = 20  # seconds for a whole request, however it drips
-LINGER = 2  # seconds for a refused sender to notice
-START_DEADLINE = 5  # seconds for the fork server to answer for a unit
-ERROR_PAUSE = 0.02  # seconds, where the kernel has refused what must be done
-SEND_DEADLINE = 10  # seconds for the fork server to read a message
-CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
 LOAD_DEADLINE = 60  # seconds for the fork server to load the actions
-RELOAD_PATIENCE = 60  # seconds for actions to load again after a fork server's death
-PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
-RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
-HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
-WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
 TERM_GRACE = 10  # seconds from TERM to KILL of a node
-LOOK_INTERVAL = 0.1  # seconds from a worker's end to a look at what it has left
 KILL_GRACE = 1  # seconds from TERM to KILL of a unit
-HEARTBEAT_DEADLINE = 2  # seconds
-CLOCK_TOLERANCE = 60  # seconds that this machine's clock may be off central's
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+CLOCK_TOLERANCE = 60  # seconds that this machine's clock may be off central's
 
 READ_SIZE = 64 * 1024  # bytes
 LINE_LIMIT = 65536  # bytes of a line of a request's head
-HEADER_LIMIT = 100
 REQUEST_BUFFER = 4096  # bytes; larger ones leave holes in the heap
-MAX_CONNECTIONS = 512
-IDLE_THREADS = 4  # of the routes, kept for the next requests
-RECENT = 20  # units that ended, on the page
-REPORTERS = 4  # threads: central gets this many reports at once, at most
 MEGABYTE = 1024 * 1024  # bytes
 OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
 OUTPUT_LIMIT = 16 * OUTPUT_TAIL  # bytes at which the file of it is cut back
-OWN_FRAMES = 10  # of a traceback, at most, in a failure's message
 MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
-TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/", "/private/var/tmp/")
-S3_ALGORITHM = "AWS4-HMAC-SHA256"
-S3_SAFE = "/-_.~"  # what a signature leaves of a path as it is
-S3_LIMIT = 5 * 1024**3  # bytes of one PUT
-S3_LINK_TIME = 24 * 60 * 60  # seconds
-S3_WAITS = (1, 2, 4)  # seconds after failures of the other side
-LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_SILENT = range(5)
 EXIT_INTERRUPTED = 130
-RED, GREEN, YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
 
 PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
 NODE_SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
 
-FORM_SAFE = b"%% %s%s0123456789-._~" % (
-    bytes(range(ord("A"), ord("Z") + 1)), bytes(range(ord("a"), ord("z") + 1))
-)  # fmt: skip
-RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
-PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl.h
 UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,199}")  # a directory's name, too
 FORK_SERVER_FLAG = "--fork-server"  # internal: this process is a fork server
@@ -238,19 +192,8 @@ def import_command_modules() -> None:
 
 def import_node_modules() -> None:
     """Import what only a node needs: --daemon, run each minute, does without."""
-    global \
-        bisect, \
-        hashlib, \
-        hmac, \
-        html, \
-        logging, \
-        queue, \
-        random, \
-        shutil, \
-        struct, \
-        subprocess, \
-        tempfile
-    global threading, urllib
+    global bisect, hashlib, hmac, html, logging, queue, random, shutil, struct
+    global subprocess, tempfile, threading, urllib
     import bisect
     import hashlib
     import hmac
@@ -266,6 +209,11 @@ def import_node_modules() -> None:
     import threading
     import urllib.error
     import urllib.request
+
+
+# ---------------------------------------------------------------------------
+# Tools: JSON, URLs of files, files, processes.  They know nothing of units or nodes.
+# ---------------------------------------------------------------------------
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -295,6 +243,33 @@ def strict_json(text: str) -> Any:
 def to_json(value: Any) -> str:
     """*value* as compact JSON text, as CloudCrowd writes it: UTF-8, not escapes."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def file_url(path: str) -> str:
+    """The ``file:`` URL of *path*, in the ASCII that protocol.md asks of a URL."""
+    return "file://" + re.sub(
+        rb"[^!$&-;=@-Z_a-z~]",
+        lambda match: b"%%%02X" % ord(match[0]),
+        os.fsencode(path),
+    ).decode("ascii")
+
+
+def percent_decoded(url: str) -> bytes:
+    """*url* with each %XX turned into its byte."""
+    return re.sub(
+        rb"%([0-9A-Fa-f]{2})",
+        lambda match: bytes([int(match[1], 16)]),
+        url.encode("utf-8", "surrogateescape"),
+    )
+
+
+def local_path(url: str) -> str:
+    """The path that a ``file:`` URL names.
+
+    CloudCrowd writes the path as it is, others percent-encoded: the first that
+    exists is meant."""
+    path = re.sub(r"\Afile:(//(localhost(?=/))?)?", "", url, flags=re.IGNORECASE)
+    return path if os.path.exists(path) else os.fsdecode(percent_decoded(path))
 
 
 def read_file(path: str, tail: int = -1) -> bytes:
@@ -418,6 +393,11 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def only_wake(number: int, frame: Any) -> None:
+    """A handler of a signal of which the number in the wakeup descriptor is all that
+    is wanted: without a handler Python would not write it there."""
+
+
 def kill_group(pid: int, number: int) -> bool:
     """Signal the process group that *pid* leads; False where there is none."""
     try:
@@ -455,6 +435,9 @@ def kill_worker(pid: int, number: int) -> None:
             os.kill(pid, number)
         except (ProcessLookupError, PermissionError):
             pass
+
+
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl.h
 
 
 def load_prctl() -> Callable[..., int] | None:
@@ -499,12 +482,12 @@ def end_children(spared: Iterable[int]) -> None:
 # ---------------------------------------------------------------------------
 
 
-def text(value: str) -> str:
+def any_text(value: str) -> str:
     """A parser of a value: any text."""
     return value
 
 
-def words(value: str) -> list[str]:
+def word_list(value: str) -> list[str]:
     """A parser of a value: names apart by commas or blanks."""
     return value.replace(",", " ").split()
 
@@ -571,7 +554,7 @@ def address(value: str) -> str:
 def networks(value: str) -> list[str]:
     """A parser of addresses and networks; gives them in their canonical form."""
     try:
-        return [str(ipaddress.ip_network(word)) for word in words(value)]
+        return [str(ipaddress.ip_network(word)) for word in word_list(value)]
     except ValueError as error:
         raise ValueError(
             f"must be addresses or networks such as 10.1.0.0/16: {error}"
@@ -595,15 +578,15 @@ def web_address(value: str) -> str:
     return value.rstrip("/")
 
 
-def plain(value: str) -> str:
-    """Parses ASCII without blanks, as keys of Amazon's are."""
+def ascii_text(value: str) -> str:
+    """A parser of ASCII without blanks, as keys of Amazon's are."""
     if not re.fullmatch(r"[!-~]*", value):
         raise ValueError("must be without blanks, of ASCII")
     return value
 
 
 def bucket_name(value: str) -> str:
-    """Parses the name of a bucket, which becomes part of a host's."""
+    """A parser of a bucket's name, which becomes part of a host's."""
     if not re.fullmatch(r"|[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", value):
         raise ValueError("must be 3 to 63 letters, digits, dots, - and _")
     return value
@@ -611,7 +594,7 @@ def bucket_name(value: str) -> str:
 
 def stage_names(value: str) -> list[str]:
     """A parser of an executable's stages."""
-    stages = words(value)
+    stages = word_list(value)
     if "process" not in stages or set(stages) - set(STAGES.values()):
         raise ValueError("must be process, and may add split and merge")
     return stages
@@ -640,34 +623,34 @@ NODE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "host": ("", host_name),
     "port": (str(DEFAULT_PORT), whole(0, 65535)),
     "bind": ("0.0.0.0", address),
-    "tag": ("", text),
+    "tag": ("", any_text),
     "max_workers": ("", whole(0, 100_000)),
     "max_load": ("", decimal(0.01, 100_000)),
     "min_free_memory": ("", SIZE),
     "min_available_memory": ("", SIZE),
     "http_authentication": ("no", boolean),
-    "login": ("", text),
-    "password": ("", text),
+    "login": ("", any_text),
+    "password": ("", any_text),
     "allow": ("", networks),
-    "actions_path": ("actions", text),
+    "actions_path": ("actions", any_text),
     "disable_default_actions": ("no", boolean),
-    "disabled_actions": ("", words),
+    "disabled_actions": ("", word_list),
     "time_limit": ("", SECONDS),
     "memory_limit": ("", SIZE),
     "file_limit": ("", SIZE),
     "nice": ("5", NICENESS),
     "work_unit_retries": ("3", whole(1, 1000)),
     "drain_time": ("5", decimal(0, 1_000_000, " (seconds)")),
-    "state_path": ("~/.crowdnode", text),
-    "temp_storage_path": ("", text),
+    "state_path": ("~/.crowdnode", any_text),
+    "temp_storage_path": ("", any_text),
     "storage": ("filesystem", choice("filesystem", "s3")),
-    "local_storage_path": ("", text),
+    "local_storage_path": ("", any_text),
     "s3_bucket": ("", bucket_name),
     "s3_authentication": ("no", boolean),
-    "aws_access_key": ("", plain),
-    "aws_secret_key": ("", plain),
+    "aws_access_key": ("", ascii_text),
+    "aws_secret_key": ("", ascii_text),
     "s3_endpoint": ("", web_address),
-    "s3_region": ("us-east-1", plain),
+    "s3_region": ("us-east-1", ascii_text),
     "central_timeout": ("30", SECONDS),
     "report_timeout": ("300", SECONDS),
     "max_request_size": ("64", SIZE),
@@ -806,7 +789,7 @@ def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
     """Read the file at *path*, if there is one; *settings* win over it.
 
     Raises UsageError, naming file, section, key, value and what would do."""
-    given: dict[str, tuple[str, str]] = {}  # key: (where it stands, value)
+    given: dict[str, tuple[str, str]] = {}  # "port": ("/etc/x.conf: [node] port", "1")
     actions: dict[str, Json] = {}
     if path:
         parser = read_sections(path)
@@ -830,9 +813,7 @@ def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
             raise UsageError(f"{where}: unknown key: {nearest(key, list(NODE_KEYS))}")
     for key, (default, parse) in NODE_KEYS.items():
         where, value = given.get(key, ("", ""))
-        values[key] = parse_value(where, parse, value)
-        if values[key] is None and default:
-            values[key] = parse(default)
+        values[key] = parse_value(where, parse, value or default)
     places = {key: where for key, (where, _) in given.items()}
     return complete_config(Config(values), places)
 
@@ -928,6 +909,14 @@ def processors() -> int:
 # Vitals: the machine's load and memory.  Reading is apart from parsing, so that
 # the text of another machine can be parsed here.  None: unknown.
 # ---------------------------------------------------------------------------
+
+
+SCRAPE_UPTIME = re.compile(r"\d+\.\d+")
+SCRAPE_LINUX_MEMORY = re.compile(r"MemFree:\s+(\d+) kB")
+SCRAPE_LINUX_AVAILABLE = re.compile(r"MemAvailable:\s+(\d+) kB")
+SCRAPE_MAC_MEMORY = re.compile(r"Pages free:\s+(\d+).")
+SCRAPE_MAC_PAGE = re.compile(r"page size of (\d+) bytes")
+SCRAPE_DEADLINE = 5  # seconds for uptime and vm_stat
 
 
 def parse_load(uptime: str) -> float | None:
@@ -1201,6 +1190,13 @@ class FilesystemStore(AssetStore):
         return file_url(path)
 
 
+S3_ALGORITHM = "AWS4-HMAC-SHA256"
+S3_SAFE = "/-_.~"  # what a signature leaves of a path as it is
+S3_LIMIT = 5 * 1024**3  # bytes of one PUT
+S3_LINK_TIME = 24 * 60 * 60  # seconds
+S3_WAITS = (1, 2, 4)  # seconds after failures of the other side
+
+
 class S3Store(AssetStore):
     """Keeps files in a bucket of S3, or of a server that speaks like it: for everybody
     under plain URLs, or with s3_authentication behind links that hold for a day.
@@ -1392,15 +1388,6 @@ class S3Refused(OSError):
 STORES: dict[str, type[AssetStore]] = {"filesystem": FilesystemStore, "s3": S3Store}
 
 
-def file_url(path: str) -> str:
-    """The ``file:`` URL of *path*, in the ASCII that protocol.md asks of a URL."""
-    return "file://" + re.sub(
-        rb"[^!$&-;=@-Z_a-z~]",
-        lambda match: b"%%%02X" % ord(match[0]),
-        os.fsencode(path),
-    ).decode("ascii")
-
-
 # ---------------------------------------------------------------------------
 # Actions: what is done with an input.  Knows inputs, work directories and programs;
 # nothing of processes, records or central.
@@ -1427,24 +1414,6 @@ def safe_file_name(url: str) -> str:
         name = name[: -len(extension)]
     name = name.replace(".", "-")[:150] + extension[:50]
     return name if name.strip(".") else "input"
-
-
-def percent_decoded(url: str) -> bytes:
-    """*url* with each %XX turned into its byte."""
-    return re.sub(
-        rb"%([0-9A-Fa-f]{2})",
-        lambda match: bytes([int(match[1], 16)]),
-        url.encode("utf-8", "surrogateescape"),
-    )
-
-
-def local_path(url: str) -> str:
-    """The path that a ``file:`` URL names.
-
-    CloudCrowd writes the path as it is, others percent-encoded: the first that
-    exists is meant."""
-    path = re.sub(r"\Afile:(//(localhost(?=/))?)?", "", url, flags=re.IGNORECASE)
-    return path if os.path.exists(path) else os.fsdecode(percent_decoded(path))
 
 
 class Action:
@@ -2030,6 +1999,9 @@ def running_threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread is not first}
 
 
+OWN_FRAMES = 10  # of a traceback, at most, in a failure's message
+
+
 def own_frames(error: BaseException, path: str) -> str:
     """The traceback of *error*, for a person: what of it is in the directory of the
     action's file, *path*, from the outermost call to the innermost."""
@@ -2097,7 +2069,7 @@ class Worker:
         self.limits = limits
         self.id: bytes = str(unit["id"]).encode()
         self.path = f"{config.units_path}/{unit['id']}"
-        self.directory = f"{config.temp_storage_path}/{self.name}/unit_{unit['id']}"
+        self.directory = config.work_directory(self.name, unit["id"])
         self.record = self.output = self.inode = -1
         self.start_time = time.monotonic_ns()
         self.deadline = 0.0
@@ -2137,44 +2109,6 @@ class Worker:
             pass  # the action has closed it
         self._write_outcome(status, output)
 
-    def _benchmark(self) -> str:
-        user, system, child_user, child_system, _ = os.times()
-        user, system = user + child_user, system + child_system
-        return f"{user:.3f} user {system:.3f} system {self.time_taken():.3f} real"
-
-    def time_taken(self) -> float:
-        """Seconds since this worker began."""
-        return (time.monotonic_ns() - self.start_time) / 1e9
-
-    def run_work_unit(self) -> tuple[str, bytes]:
-        """Run the action.  Whatever it raises is a failure, and is told as one."""
-        try:
-            if self.action is None:
-                raise ActionFailed(f"this node has no action named {self.name}")
-            self._make_work_directory()
-            return "succeeded", encoded_output(self._call(self.action))
-        except BaseException as error:
-            return "failed", encoded_failure(self._explain(error))
-        finally:
-            if self.action:
-                self._leave()
-
-    def _call(self, action: type[Action]) -> Any:
-        stage = STAGES[self.unit["status"]]
-        if getattr(action, stage, None) is None:
-            raise ActionFailed(f"the action {self.name} does not define {stage}")
-        options = {
-            **self.unit["options"],
-            "job_id": self.unit["job_id"],
-            "work_unit_id": self.unit["id"],
-            "attempts": self.unit["attempts"],
-        }
-        task = action(self.unit["input"], options, self.store, self.directory)
-        result = getattr(task, stage)()
-        if stage == "split" and not isinstance(result, (list, tuple)):
-            raise ActionFailed(f"split must return a list, not {type(result).__name__}")
-        return result
-
     def _settle_in(self) -> None:
         """Become what a worker is: nice, limited, printing to its own file.
 
@@ -2195,12 +2129,43 @@ class Worker:
             soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(number, (soft, hard))
 
-    def _lift_limits(self) -> None:
-        for number, _ in self.limits.resources:
-            import resource
+    def _benchmark(self) -> str:
+        user, system, child_user, child_system, _ = os.times()
+        user, system = user + child_user, system + child_system
+        return f"{user:.3f} user {system:.3f} system {self.time_taken():.3f} real"
 
-            hard = resource.getrlimit(number)[1]
-            resource.setrlimit(number, (hard, hard))
+    def time_taken(self) -> float:
+        """Seconds since this worker began."""
+        return (time.monotonic_ns() - self.start_time) / 1e9
+
+    def run_work_unit(self) -> tuple[str, bytes]:
+        """Run the action.  Whatever it raises is a failure, and is told as one."""
+        try:
+            if self.action is None:
+                raise ActionFailed(f"this node has no action named {self.name}")
+            self._make_work_directory()
+            return "succeeded", encoded_output(self._call(self.action))
+        except BaseException as error:
+            return "failed", encoded_failure(self._explain(error))
+        finally:
+            if self.action:
+                self._remove_work_directory()
+
+    def _call(self, action: type[Action]) -> Any:
+        stage = STAGES[self.unit["status"]]
+        if getattr(action, stage, None) is None:
+            raise ActionFailed(f"the action {self.name} does not define {stage}")
+        options = {
+            **self.unit["options"],
+            "job_id": self.unit["job_id"],
+            "work_unit_id": self.unit["id"],
+            "attempts": self.unit["attempts"],
+        }
+        task = action(self.unit["input"], options, self.store, self.directory)
+        result = getattr(task, stage)()
+        if stage == "split" and not isinstance(result, (list, tuple)):
+            raise ActionFailed(f"split must return a list, not {type(result).__name__}")
+        return result
 
     def _make_work_directory(self) -> None:
         path = self.directory
@@ -2216,7 +2181,7 @@ class Worker:
         except OSError as error:
             raise ActionFailed(f"can't make {path}: {error.strerror}") from None
 
-    def _leave(self) -> None:
+    def _remove_work_directory(self) -> None:
         try:
             os.chdir("/")
             try:
@@ -2253,6 +2218,13 @@ class Worker:
             write_all(
                 self.record, self._outcome_line("failed", encoded_failure(reason))
             )
+
+    def _lift_limits(self) -> None:
+        for number, _ in self.limits.resources:
+            import resource
+
+            hard = resource.getrlimit(number)[1]
+            resource.setrlimit(number, (hard, hard))
 
     def _outcome_line(self, status: str, output: bytes) -> bytes:
         # Not as a float: to write one touches ten pages more.
@@ -2303,6 +2275,10 @@ def encoded_failure(message: str) -> bytes:
 #     ["started", id, pid]   ["refused", id, reason]   ["exists", id]
 #     ["ended", id, wait status, timed out]      ["tried", reason or null]
 # ---------------------------------------------------------------------------
+
+
+LOOK_INTERVAL = 0.1  # seconds from a worker's end to a look at what it has left
+ERROR_PAUSE = 0.02  # seconds, where the kernel has refused what must be done
 
 
 class LineChannel:
@@ -2483,7 +2459,7 @@ class ForkServer:
         """A pipe that is written to at each SIGCHLD."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, only_wake)
         wake, writer = os.pipe()
         os.set_blocking(wake, False)
         os.set_blocking(writer, False)
@@ -2506,14 +2482,14 @@ class ForkServer:
         wanted = [self.wake, node] if self.node.open else [self.wake]
         sending = [node] if self.node.to_send else []
         readable, _, _ = select.select(wanted, sending, [], self._patience())
-        if self.wake in readable:
+        if self.wake in readable:  # SIGCHLD: a child has ended
             os.read(self.wake, 4096)
             self._reap()
         self.deadlines.enforce()
         if self.leftovers.is_due():
             self._reap()
             self.leftovers.end(self.workers)
-        if node in readable:
+        if node in readable:  # it has sent something, or has gone
             for message in self.node.receive():
                 self.handle(message)
         self.node.flush()
@@ -2525,12 +2501,15 @@ class ForkServer:
 
     def handle(self, message: list[Any]) -> None:
         """Do what one message of the node asks for."""
-        if message[0] == "unit":
-            self.start(message[1], message[2])
-        elif message[0] == "kill":
-            if message[1] in self.workers:
-                kill_worker(message[1], message[2])
-        elif message[0] == "try":
+        kind, *rest = message
+        if kind == "unit":
+            head, unit = rest
+            self.start(head, unit)
+        elif kind == "kill":
+            pid, number = rest
+            if pid in self.workers:  # or it has ended meanwhile
+                kill_worker(pid, number)
+        elif kind == "try":
             self.node.send("tried", self._try())
 
     def start(self, head: str, unit: Json) -> None:
@@ -2544,12 +2523,13 @@ class ForkServer:
                 import urllib.request  # noqa: F401  once here, not in each worker
             worker.accept(head)
             pid = self._fork()
-            if pid == 0:
-                self._become(worker)
+            if pid == 0:  # the child, which never comes back from here
+                self._be_worker(worker)
             self.workers[pid] = worker
             if limits.time:
                 self.deadlines.set(pid, time.monotonic() + limits.time)
             write_all(worker.record, b"pid %d\n" % pid)
+            # As send() has it, at a fraction of the cost; so too in _reap().
             self.node.to_send += b'["started","%s",%d]\n' % (worker.id, pid)
         except FileExistsError:
             self.node.send("exists", unit["id"])
@@ -2568,7 +2548,7 @@ class ForkServer:
                 self.oom_score.set(is_worker=False)
         return pid
 
-    def _become(self, worker: Worker) -> NoReturn:
+    def _be_worker(self, worker: Worker) -> NoReturn:
         """The child's path: whatever happens, it ends here."""
         code = EXIT_FAILED
         try:
@@ -2658,6 +2638,12 @@ def run_fork_server(descriptor: int) -> int:
 # Central, as its client sees it.  Knows the wire to central in both dialects;
 # nothing of units but what is reported of them.
 # ---------------------------------------------------------------------------
+
+
+CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
+FORM_SAFE = b"%% %s%s0123456789-._~" % (
+    bytes(range(ord("A"), ord("Z") + 1)), bytes(range(ord("a"), ord("z") + 1))
+)  # fmt: skip
 
 
 class CentralError(Exception):
@@ -2905,6 +2891,10 @@ def basic_credentials(config: Config) -> str:
 # the reasons to refuse work.
 # ---------------------------------------------------------------------------
 
+RETRY_WAIT = 5  # seconds, doubled at each failure up to
+RETRY_WAIT_LIMIT = 60  # seconds
+REMINDER_INTERVAL = 60  # seconds between two log lines about the same overload
+
 log: logging.Logger  # set_up_log() makes it
 
 
@@ -3148,7 +3138,7 @@ class Signals:
     def trap(self, stop: Callable[[int, Any], None]) -> None:
         """Begin; the signals that stop a node call *stop* besides."""
         signal.set_wakeup_fd(self._writer)
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        signal.signal(signal.SIGHUP, only_wake)
         for number in NODE_SIGNALS - {signal.SIGHUP}:
             signal.signal(number, stop)
 
@@ -3167,6 +3157,11 @@ class Signals:
 # Node, part two: its fork servers.  Knows how one is started, spoken to and replaced;
 # what it says of units is for the next part.
 # ---------------------------------------------------------------------------
+
+
+SEND_DEADLINE = 10  # seconds for the fork server to read a message
+PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
+RELOAD_PATIENCE = 60  # seconds for actions to load again after a fork server's death
 
 
 def source_identity() -> bytes:
@@ -3559,6 +3554,9 @@ class ForkServers:
 # and is forgotten when its worker has ended.
 # ---------------------------------------------------------------------------
 
+START_DEADLINE = 5  # seconds for the fork server to answer for a unit
+RECENT = 20  # units that ended, on the page
+REPORTERS = 4  # threads: central gets this many reports at once, at most
 UNWATCHED = "the worker died while nobody watched it"
 OUTCOMES = ("succeeded", "failed", "died", "timed_out")
 COUNTS = ("accepted", "refused", *OUTCOMES, "reported")
@@ -3780,6 +3778,7 @@ class Reporter:
                 self._changed.notify_all()
 
 
+RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
 unswept: list[str] = []  # directories for which there was no thread
 
 
@@ -4327,6 +4326,9 @@ class Delivery:
 # ---------------------------------------------------------------------------
 
 
+MINUTE = 60  # seconds
+
+
 class History:
     """The last hour, a minute each: load average, MB of free memory, units ended."""
 
@@ -4628,6 +4630,10 @@ def draw_plot(title: str, values: list[float | None], limit: float | None) -> st
 # ---------------------------------------------------------------------------
 
 
+CHECK_IN_INTERVAL = 300  # seconds
+MONITOR_INTERVAL = 3  # seconds
+
+
 class Registration:
     """Has central know this node, and whether it takes work.
 
@@ -4810,6 +4816,12 @@ class Node:
 # Node, part six: the routes.  Knows HTTP; what a route is about it asks the node.
 # ---------------------------------------------------------------------------
 
+REQUEST_DEADLINE = 20  # seconds for a whole request, however it drips
+LINGER = 2  # seconds for a refused sender to notice
+HEADER_LIMIT = 100
+MAX_CONNECTIONS = 512
+IDLE_THREADS = 4  # of the routes, kept for the next requests
+REALM = "CloudCrowd"
 HTTP_PHRASES = {
     200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
     404: "Not Found", 408: "Request Timeout", 411: "Length Required",
@@ -4851,7 +4863,10 @@ class NodeServer(ServerBase):
     threads stay: to start one costs as much as to answer a request.
 
     At MAX_CONNECTIONS unfinished requests the one that has kept us waiting longest is
-    closed, so that central still gets in."""
+    closed, so that central still gets in.
+
+    On the thread of serve_forever run get_request and process_request; on one of the
+    routes a handler's setup, handle and finish, and then shutdown_request."""
 
     request_queue_size = 512
 
@@ -5234,7 +5249,15 @@ def listen(config: Config, listener: int | None) -> NodeServer:
 
 # ---------------------------------------------------------------------------
 # Node, part seven: its life.  Start, reload, upgrade, stop.
+#
+# An upgrade: run() finds the program outdated and hands over; live() has go_on_as()
+# replace what this process runs, with the lock and the listener open; there main()
+# comes to resume_node(), and listen() goes on with that listener.
 # ---------------------------------------------------------------------------
+
+
+RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
+HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 
 
 class Lifetime:
@@ -5326,7 +5349,7 @@ class Lifetime:
             node.registration.check_in()
         node.registration.loop.start()
         node.monitor_loop.start()
-        self.signals.trap(lambda number, frame: None)
+        self.signals.trap(only_wake)
 
     def recover(self) -> None:
         """Settle what an earlier node has left.
@@ -5348,7 +5371,7 @@ class Lifetime:
 
     def give_up_starting(self) -> None:
         """A signal came: if there are units already, this is a stop like any other."""
-        self.signals.trap(lambda number, frame: None)
+        self.signals.trap(only_wake)
         self.signals.next(0)
         if self.node.units.by_name:
             self.shut_down()
@@ -5364,7 +5387,9 @@ class Lifetime:
         self.signals.feign(signal.SIGHUP)
 
     def reload(self) -> None:
-        """Take over configuration and actions; nothing that runs notices."""
+        """Open the log again; read the configuration, and start a fork server with the
+        actions as they are now; if all that has worked, put both in place of the old.
+        Nothing that runs notices: the old fork server ends with its last worker."""
         node = self.node
         for handler in log.handlers:
             handler.close()  # it opens its file again with the next line
@@ -5927,6 +5952,12 @@ def input_of(argument: str) -> str:
 # ---------------------------------------------------------------------------
 
 
+WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
+HEARTBEAT_DEADLINE = 2  # seconds
+TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/", "/private/var/tmp/")
+LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
+
+
 class NodeLock:
     """node.pid: locked as long as the node lives, whatever ends it; it holds its pid.
 
@@ -6155,7 +6186,7 @@ def run_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> None
         lock.write_pid()
         program = compiled(config)
         if program != PROGRAM and not IS_COMPILED and __name__ == "__main__":
-            execute(program, lock, launch)
+            go_on_as(program, lock, launch)
         allow_descriptors()
         for warning in state_warnings(config):
             log.warning("%s", warning)
@@ -6174,7 +6205,7 @@ def live(life: Lifetime, lock: NodeLock, launch: Launch) -> None:
     try:
         if life.run(lambda: launch.tell(EXIT_OK)):
             launch.listener = life.server.fileno()
-            execute(life.program.path, lock, launch, vars(life.config))
+            go_on_as(life.program.path, lock, launch, vars(life.config))
     except CrowdError as error:
         log.error("%s", error)
         raise
@@ -6189,7 +6220,7 @@ def live(life: Lifetime, lock: NodeLock, launch: Launch) -> None:
 ARENAS, ARENAS_BEFORE = "MALLOC_ARENA_MAX", "CROWDNODE_ARENA_MAX"
 
 
-def execute(
+def go_on_as(
     program: str, lock: NodeLock, launch: Launch, place: Json | None = None
 ) -> None:
     """Go on as *program* in this process, with the same descriptors; *place*: where
@@ -6215,7 +6246,7 @@ def execute(
 def resume_node(
     config: Config, load: Callable[[], Config], arguments: argparse.Namespace
 ) -> int:
-    """Go on as the node that this process was before execute()."""
+    """Go on as the node that this process was before go_on_as()."""
     locked, waiting, listener, unclean, place = json.loads(arguments.resume)
     for descriptor in (locked, waiting, listener):
         if descriptor is not None:
@@ -6412,6 +6443,9 @@ def show_status(config: Config, as_json: bool) -> int:
     else:
         print_status(json.loads(answer[1]))
     return EXIT_OK
+
+
+RED, GREEN, YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
 
 
 def print_status(status: Json) -> None:
