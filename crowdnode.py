@@ -124,8 +124,7 @@ OVERLOADED_MESSAGE = "Node Overloaded"  # the body central knows a refusal by
 LOAD_DEADLINE = 60  # seconds for the fork server to load the actions
 TERM_GRACE = 10  # seconds from TERM to KILL of a node
 KILL_GRACE = 1  # seconds from TERM to KILL of a unit
-DOWNLOAD_TIMEOUT = 60  # seconds without a byte
-CLOCK_TOLERANCE = 60  # seconds that this machine's clock may be off central's
+TRANSFER_TIMEOUT = 60  # seconds without a byte
 
 READ_SIZE = 64 * 1024  # bytes
 LINE_LIMIT = 65536  # bytes of a line of a request's head
@@ -138,7 +137,7 @@ MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_SILENT = range(5)
 EXIT_INTERRUPTED = 130
 
-PROCESSING, SUCCEEDED, FAILED, SPLITTING, MERGING = 1, 2, 3, 4, 5
+PROCESSING, SPLITTING, MERGING = 1, 4, 5  # 2 and 3 say what came of a unit
 NODE_SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
 
@@ -360,6 +359,15 @@ def empty_directory(directory: str, root: str, number: int) -> list[str]:
     return found
 
 
+def web_opener(*handlers: Any) -> urllib.request.OpenerDirector:
+    """Opens URLs by way of the environment's proxies alone: macOS's own settings can't
+    be read after a fork."""
+    import urllib.request
+
+    proxies = urllib.request.ProxyHandler(urllib.request.getproxies_environment())
+    return urllib.request.build_opener(proxies, *handlers)
+
+
 def copy_file(source: str, target: str) -> None:
     """Copy the content of *source* into a private file; see remove_tree for why not
     with shutil."""
@@ -402,22 +410,25 @@ def kill_group(pid: int, number: int) -> bool:
     """Signal the process group that *pid* leads; False where there is none."""
     try:
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):  # EPERM: macOS, of zombies alone
+    except (ProcessLookupError, PermissionError):
+        # macOS says EPERM where the group has zombies alone.
         return False
     return True
 
 
 def exists(pid: int | None) -> bool:
-    """Is there a process with this pid?  Of one that is not known: perhaps.
+    """Is there a process with this pid?  None, a pid that is not known: perhaps.
 
-    A zombie is none: in a container nobody may bury it."""
+    A zombie is none: in a container nobody may reap it."""
+    if pid is None:
+        return True
     try:
-        os.kill(pid or os.getpid(), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    if pid and sys.platform.startswith("linux"):
+    if sys.platform.startswith("linux"):
         try:
             state = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()[0]
             return state not in (b"Z", b"X")
@@ -429,7 +440,7 @@ def exists(pid: int | None) -> bool:
 def kill_worker(pid: int, number: int) -> None:
     """Signal the worker *pid*, which lives, and its group.
 
-    It leads none in its very first moment."""
+    In its first moment it leads no group yet."""
     if not kill_group(pid, number):
         try:
             os.kill(pid, number)
@@ -480,11 +491,6 @@ def end_children(spared: Iterable[int]) -> None:
 # Configuration: knows the keys, their defaults and what they may say; knows
 # nothing of what is done with them.
 # ---------------------------------------------------------------------------
-
-
-def any_text(value: str) -> str:
-    """A parser of a value: any text."""
-    return value
 
 
 def word_list(value: str) -> list[str]:
@@ -606,6 +612,12 @@ SIZE = decimal(1, 1_000_000, " (MB)")
 SECONDS = decimal(0.1, 10_000_000, " (seconds)")
 NICENESS = whole(0, 19)
 
+SECRETS = ("password", "aws_secret_key")  # keys that others should not read
+# The storages, and the keys that each needs.
+STORAGES: dict[str, tuple[str, ...]] = {
+    "filesystem": (),
+    "s3": ("s3_bucket", "aws_access_key", "aws_secret_key"),
+}
 # What stands in a section [action NAME].
 ACTION_KEYS: dict[str, Callable[[str], Any]] = {
     "stages": stage_names,
@@ -615,24 +627,33 @@ ACTION_KEYS: dict[str, Callable[[str], Any]] = {
     "nice": NICENESS,
 }
 
-# What stands in the section [node]: the default as it would be written there ("" for
-# none, which is None to the program), and the parser.
+# What stands in the section [node], in the order of crowdnode.conf: the default as it
+# would be written there ("" for none, which is None to the program), and the parser.
 NODE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    # Central
     "central_server": ("http://localhost:9173", web_address),
     "dialect": ("auto", choice("auto", "seed", "0.5")),
+    "central_timeout": ("30", SECONDS),
+    "report_timeout": ("300", SECONDS),
+    # This node
     "host": ("", host_name),
     "port": (str(DEFAULT_PORT), whole(0, 65535)),
     "bind": ("0.0.0.0", address),
-    "tag": ("", any_text),
+    "tag": ("", str),
+    "http_authentication": ("no", boolean),
+    "login": ("", str),
+    "password": ("", str),
+    "allow": ("", networks),
+    "max_request_size": ("64", SIZE),
+    "drain_time": ("5", decimal(0, 1_000_000, " (seconds)")),
+    "log_level": ("info", choice("debug", "info", "warning", "error")),
+    # When work is refused
     "max_workers": ("", whole(0, 100_000)),
     "max_load": ("", decimal(0.01, 100_000)),
     "min_free_memory": ("", SIZE),
     "min_available_memory": ("", SIZE),
-    "http_authentication": ("no", boolean),
-    "login": ("", any_text),
-    "password": ("", any_text),
-    "allow": ("", networks),
-    "actions_path": ("actions", any_text),
+    # Actions
+    "actions_path": ("actions", str),
     "disable_default_actions": ("no", boolean),
     "disabled_actions": ("", word_list),
     "time_limit": ("", SECONDS),
@@ -640,21 +661,17 @@ NODE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "file_limit": ("", SIZE),
     "nice": ("5", NICENESS),
     "work_unit_retries": ("3", whole(1, 1000)),
-    "drain_time": ("5", decimal(0, 1_000_000, " (seconds)")),
-    "state_path": ("~/.crowdnode", any_text),
-    "temp_storage_path": ("", any_text),
-    "storage": ("filesystem", choice("filesystem", "s3")),
-    "local_storage_path": ("", any_text),
+    # Files
+    "state_path": ("~/.crowdnode", str),
+    "temp_storage_path": ("", str),
+    "storage": ("filesystem", choice(*STORAGES)),
+    "local_storage_path": ("", str),
     "s3_bucket": ("", bucket_name),
-    "s3_authentication": ("no", boolean),
     "aws_access_key": ("", ascii_text),
     "aws_secret_key": ("", ascii_text),
-    "s3_endpoint": ("", web_address),
+    "s3_authentication": ("no", boolean),
     "s3_region": ("us-east-1", ascii_text),
-    "central_timeout": ("30", SECONDS),
-    "report_timeout": ("300", SECONDS),
-    "max_request_size": ("64", SIZE),
-    "log_level": ("info", choice("debug", "info", "warning", "error")),
+    "s3_endpoint": ("", web_address),
 }
 
 
@@ -663,38 +680,41 @@ class Config:
 
     central_server: str
     dialect: str
+    central_timeout: float
+    report_timeout: float
     host: str
     port: int
     bind: str
     tag: str | None
-    max_workers: int
-    max_load: float | None
-    min_free_memory: float | None
-    min_available_memory: float | None
     http_authentication: bool
     login: str | None
     password: str | None
     allow: list[str]
+    max_request_size: float
+    drain_time: float
+    log_level: str
+    max_workers: int
+    max_load: float | None
+    min_free_memory: float | None
+    min_available_memory: float | None
     actions_path: str
     disable_default_actions: bool
     disabled_actions: list[str]
+    time_limit: float | None  # these four are asked of limit()
+    memory_limit: float | None
+    file_limit: float | None
     nice: int
     work_unit_retries: int
-    drain_time: float
     state_path: str
     temp_storage_path: str
     storage: str
     local_storage_path: str
     s3_bucket: str | None
-    s3_authentication: bool
     aws_access_key: str | None
     aws_secret_key: str | None
-    s3_endpoint: str | None
+    s3_authentication: bool
     s3_region: str
-    central_timeout: float
-    report_timeout: float
-    max_request_size: float
-    log_level: str
+    s3_endpoint: str | None
     file: str | None  # where it was read, if anywhere
     settings: list[tuple[str, str]]  # what the command line says besides
     actions: dict[str, Json]  # the sections [action NAME]
@@ -705,9 +725,9 @@ class Config:
         self.__dict__.update(values)
 
     def limit(self, action: str, key: str) -> Any:
-        """time_limit, memory_limit, file_limit, nice or stages, for *action*."""
+        """time_limit, memory_limit, file_limit or nice, for *action*."""
         value = self.actions.get(action, {}).get(key)
-        return getattr(self, key, None) if value is None else value
+        return getattr(self, key) if value is None else value
 
     def state_file(self, name: str) -> str:
         """The path of *name* in state_path."""
@@ -871,16 +891,16 @@ def check_across(config: Config, places: dict[str, str]) -> None:
             f"{places['login']} = {config.login}: must not hold a colon, which ends "
             "the login in HTTP Basic"
         )
-    if config.storage == "s3":
-        for key in ("s3_bucket", "aws_access_key", "aws_secret_key"):
-            if not getattr(config, key):
-                raise UsageError(f"{places['storage']} = s3: needs {key} too")
+    for key in STORAGES[config.storage]:
+        if not getattr(config, key):
+            where = places["storage"]
+            raise UsageError(f"{where} = {config.storage}: needs {key} too")
 
 
 def config_warnings(config: Config, places: dict[str, str]) -> list[str]:
     """What works, and yet is hardly meant."""
     found = []
-    for key in ("password", "aws_secret_key"):
+    for key in SECRETS:
         if not getattr(config, key):
             continue
         if places.get(key, "").startswith(COMMAND_LINE):
@@ -1057,6 +1077,16 @@ def first_line(head: Json) -> str:
     return f"crowdnode-unit {RECORD_VERSION.decode()} {json.dumps(head)}\n"
 
 
+def pid_line(pid: int) -> bytes:
+    """The line that says who does the unit."""
+    return b"pid %d\n" % pid
+
+
+def outcome_line(status: str, seconds: str, output: bytes) -> bytes:
+    """The line that says what came of it; *output* is JSON text."""
+    return b"%s %s %s\n" % (status.encode(), seconds.encode(), output)
+
+
 def parse_record(data: bytes) -> Record:
     """Understand a record's bytes.  Raises OddRecord."""
     record = Record()
@@ -1145,25 +1175,47 @@ def cut_back(path: str) -> None:
 
 # ---------------------------------------------------------------------------
 # Asset stores: where an action's results stay.  Knows paths and URLs, nothing of
-# units.  Another store is another subclass with save, and its name in STORES.
+# units.  Another is a subclass with check and save, its name in STORES, and with the
+# keys that it needs in STORAGES.
 # ---------------------------------------------------------------------------
 
 
 class AssetStore:
-    """Keeps files for good, under names the caller chooses."""
+    """Keeps files for good, under names the caller chooses.
+
+    Made in the fork server: what save() needs is imported there.  check() and
+    warnings() are asked by the node at its start and by --check; save() by workers."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def check(self) -> None:
-        """Raise OSError where the store can't be used."""
+        """Raise OSError, with the key to look at, where the store can't be used."""
         raise NotImplementedError
+
+    def warnings(self) -> list[str]:
+        """What a person should know of it."""
+        return []
 
     def save(self, local_path: str, save_path: str) -> str:
         """Keep the file at *local_path* as *save_path*; return its URL.
 
         Raises OSError."""
         raise NotImplementedError
+
+
+TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/", "/private/var/tmp/")
+
+
+def temporary_warnings(key: str, path: str) -> list[str]:
+    """What to say where *path* is a directory that the system empties."""
+    path = os.path.realpath(path) + "/"
+    if not path.startswith(TEMPORARY_DIRECTORIES):
+        return []
+    return [
+        f"{key}: {path} is in a directory that the system empties now and then, of "
+        "units and results too: choose another"
+    ]
 
 
 class FilesystemStore(AssetStore):
@@ -1175,7 +1227,19 @@ class FilesystemStore(AssetStore):
         while not os.path.lexists(path):
             path = os.path.dirname(path)
         if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"{path} is no writable directory")
+            wrong = f"local_storage_path: {path} is no writable directory"
+            raise PermissionError(errno.EACCES, wrong)
+
+    def warnings(self) -> list[str]:
+        """See AssetStore."""
+        path = self.config.local_storage_path
+        found = temporary_warnings("local_storage_path", path)
+        if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
+            found.append(
+                f"local_storage_path: others can write to {path}, and could put links "
+                f"there: chmod go-w {path}"
+            )
+        return found
 
     def save(self, local_path: str, save_path: str) -> str:
         """See AssetStore.  Who finds the file under its name finds all of it."""
@@ -1195,161 +1259,6 @@ S3_SAFE = "/-_.~"  # what a signature leaves of a path as it is
 S3_LIMIT = 5 * 1024**3  # bytes of one PUT
 S3_LINK_TIME = 24 * 60 * 60  # seconds
 S3_WAITS = (1, 2, 4)  # seconds after failures of the other side
-
-
-class S3Store(AssetStore):
-    """Keeps files in a bucket of S3, or of a server that speaks like it: for everybody
-    under plain URLs, or with s3_authentication behind links that hold for a day.
-
-    Source: "Authenticating Requests (AWS Signature Version 4)", Amazon S3 API."""
-
-    def __init__(self, config: Config) -> None:
-        """Imports what a worker needs, before it is forked."""
-        super().__init__(config)
-        global hashlib, hmac, http, mimetypes, urllib
-        import hashlib
-        import hmac
-        import http.client
-        import mimetypes
-        import urllib.error
-        import urllib.request
-
-        bucket, endpoint = config.s3_bucket or "", config.s3_endpoint
-        host = f"s3.{config.s3_region}.amazonaws.com"
-        self.base, self.prefix = endpoint or f"https://{host}", f"/{bucket}"
-        # A certificate of *.s3... does not hold for a name with more dots.
-        if not endpoint and "." not in bucket:
-            self.base, self.prefix = f"https://{bucket}.{host}", ""
-        parts = urllib.parse.urlsplit(self.base)
-        self.base, self.host = f"{parts.scheme}://{parts.netloc}", parts.netloc
-        self.prefix = parts.path + self.prefix
-        # Not macOS's own settings, which can't be read after a fork.
-        proxies = urllib.request.ProxyHandler(urllib.request.getproxies_environment())
-        # Elsewhere the signature is not good, and is nobody's business.
-        stay = type(
-            "Stay",
-            (urllib.request.HTTPRedirectHandler,),
-            {"redirect_request": lambda *_: None},
-        )
-        self._opener = urllib.request.build_opener(proxies, stay)
-
-    def check(self) -> None:
-        """See AssetStore: asks for nothing, but of that bucket with those keys."""
-        try:
-            self._send("GET", f"{self.prefix or '/'}", "list-type=2&max-keys=0")
-        except S3Refused as error:
-            if error.code != "AccessDenied":  # it may be allowed to write alone
-                raise
-
-    def save(self, local_path: str, save_path: str) -> str:
-        """See AssetStore."""
-        quoted = urllib.parse.quote(os.fsencode(save_path), safe=S3_SAFE)
-        path = f"{self.prefix}/{quoted}"
-        digest = hashlib.sha256()
-        with open(local_path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > S3_LIMIT:
-                raise OSError(
-                    errno.EFBIG, f"it has {size} bytes, and S3 takes 5 GB at once"
-                )
-            for piece in iter(lambda: file.read(READ_SIZE), b""):
-                digest.update(piece)
-            kind = mimetypes.guess_type(save_path)[0] or "application/octet-stream"
-            headers = {"content-length": str(size), "content-type": kind}
-            if not self.config.s3_authentication:  # private is what it is without
-                headers["x-amz-acl"] = "public-read"
-            self._send("PUT", path, "", headers, digest.hexdigest(), file)
-        if self.config.s3_authentication:
-            return self.link(path)
-        return self.base + path
-
-    def link(self, path: str) -> str:
-        """A URL of *path*, quoted, that anybody may get for a day."""
-        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        fields = {
-            "X-Amz-Algorithm": S3_ALGORITHM,
-            "X-Amz-Credential": f"{self.config.aws_access_key}/{self._scope(now)}",
-            "X-Amz-Date": now,
-            "X-Amz-Expires": str(S3_LINK_TIME),
-            "X-Amz-SignedHeaders": "host",
-        }
-        query = urllib.parse.urlencode(
-            fields, quote_via=urllib.parse.quote, safe="-_.~"
-        )
-        signed = self._signature(
-            "GET", path, query, {"host": self.host}, "UNSIGNED-PAYLOAD", now
-        )
-        return f"{self.base}{path}?{query}&X-Amz-Signature={signed}"
-
-    def _scope(self, now: str) -> str:
-        return f"{now[:8]}/{self.config.s3_region}/s3/aws4_request"
-
-    def _signature(
-        self, method: str, path: str, query: str, headers: Json, digest: str, now: str
-    ) -> str:
-        """*headers*: in small letters, sorted; path and query: quoted; query sorted."""
-        lines = [method, path, query]
-        lines += [f"{name}:{value}" for name, value in headers.items()]
-        lines += ["", ";".join(headers), digest]
-        hashed = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        text = "\n".join([S3_ALGORITHM, now, self._scope(now), hashed])
-        key = f"AWS4{self.config.aws_secret_key}".encode()
-        for word in [*self._scope(now).split("/"), text]:
-            key = hmac.new(key, word.encode(), "sha256").digest()
-        return key.hex()
-
-    def _authorized(
-        self, method: str, path: str, query: str, headers: Json, digest: str
-    ) -> Json:
-        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        stamp = {"host": self.host, "x-amz-content-sha256": digest, "x-amz-date": now}
-        headers = dict(sorted({**headers, **stamp}.items()))
-        signed = self._signature(method, path, query, headers, digest, now)
-        headers["authorization"] = (
-            f"{S3_ALGORITHM} Credential={self.config.aws_access_key}/"
-            f"{self._scope(now)}, SignedHeaders={';'.join(headers)}, Signature={signed}"
-        )
-        return headers
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        query: str = "",
-        headers: Json | None = None,
-        digest: str = "",
-        body: Any = None,
-    ) -> None:
-        """One request; again where the fault is the other side's.  Raises OSError."""
-        digest = digest or hashlib.sha256().hexdigest()
-        url = f"{self.base}{path}{'?' if query else ''}{query}"
-        for wait in (*S3_WAITS, None):
-            if body:
-                body.seek(0)
-            sent = self._authorized(method, path, query, headers or {}, digest)
-            request = urllib.request.Request(url, body, sent, method=method)
-            try:
-                self._opener.open(request, timeout=DOWNLOAD_TIMEOUT).close()
-                return
-            except urllib.error.HTTPError as error:
-                with error:
-                    refusal = S3Refused(self.config, error.code, beginning(error))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = str(getattr(error, "reason", error))
-                if body and "reset" in reason or "Broken pipe" in reason:
-                    reason += ": it may have refused the file before it had all of it"
-                refusal = S3Refused(self.config, 500, b"", f"{self.base}: {reason}")
-            if wait is None or refusal.status < 500:
-                raise refusal
-            time.sleep(wait)
-
-
-def beginning(reply: Any) -> bytes:
-    """What can be read of the first bytes of a reply."""
-    try:
-        return bytes(reply.read(4000))
-    except (OSError, http.client.HTTPException):
-        return b""
 
 
 class S3Refused(OSError):
@@ -1385,6 +1294,161 @@ class S3Refused(OSError):
         super().__init__(errno.EIO, f"{key}: {said}")
 
 
+def beginning(reply: Any) -> bytes:
+    """What can be read of the first bytes of a reply."""
+    try:
+        return bytes(reply.read(4000))
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
+class S3Store(AssetStore):
+    """Keeps files in a bucket of S3, or of a server that speaks like it: for everybody
+    under plain URLs, or with s3_authentication behind links that hold for a day.
+
+    Source: "Authenticating Requests (AWS Signature Version 4)", Amazon S3 API."""
+
+    def __init__(self, config: Config) -> None:
+        """Imports what a worker needs, before it is forked."""
+        super().__init__(config)
+        global hashlib, hmac, http, mimetypes, urllib
+        import hashlib
+        import hmac
+        import http.client
+        import mimetypes
+        import urllib.error
+        import urllib.request
+
+        bucket, endpoint = config.s3_bucket or "", config.s3_endpoint
+        host = f"s3.{config.s3_region}.amazonaws.com"
+        self.base, self.prefix = endpoint or f"https://{host}", f"/{bucket}"
+        # A certificate of *.s3... does not hold for a name with more dots.
+        if not endpoint and "." not in bucket:
+            self.base, self.prefix = f"https://{bucket}.{host}", ""
+        parts = urllib.parse.urlsplit(self.base)
+        self.base, self.host = f"{parts.scheme}://{parts.netloc}", parts.netloc
+        self.prefix = parts.path + self.prefix
+        # No redirects: the signature is for this host, and no other is to see it.
+        stay = type(
+            "Stay",
+            (urllib.request.HTTPRedirectHandler,),
+            {"redirect_request": lambda *_: None},
+        )
+        self._opener = web_opener(stay)
+
+    def check(self) -> None:
+        """See AssetStore: lists no file, which tries bucket and keys all the same."""
+        try:
+            self._send("GET", self.prefix or "/", "list-type=2&max-keys=0")
+        except S3Refused as error:
+            if error.code != "AccessDenied":  # it may be allowed to write alone
+                raise
+
+    def save(self, local_path: str, save_path: str) -> str:
+        """See AssetStore."""
+        quoted = urllib.parse.quote(os.fsencode(save_path), safe=S3_SAFE)
+        path = f"{self.prefix}/{quoted}"
+        digest = hashlib.sha256()
+        with open(local_path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > S3_LIMIT:
+                wrong = f"it has {size} bytes, and S3 takes {S3_LIMIT >> 30} GB at once"
+                raise OSError(errno.EFBIG, wrong)
+            for piece in iter(lambda: file.read(READ_SIZE), b""):
+                digest.update(piece)
+            kind = mimetypes.guess_type(save_path)[0] or "application/octet-stream"
+            headers = {"content-length": str(size), "content-type": kind}
+            if not self.config.s3_authentication:  # without, it is private
+                headers["x-amz-acl"] = "public-read"
+            self._send("PUT", path, "", headers, digest.hexdigest(), file)
+        if self.config.s3_authentication:
+            return self.link(path)
+        return self.base + path
+
+    def link(self, path: str) -> str:
+        """A URL of *path*, quoted, that anybody may get for a day."""
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        fields = {
+            "X-Amz-Algorithm": S3_ALGORITHM,
+            "X-Amz-Credential": self._credential(now),
+            "X-Amz-Date": now,
+            "X-Amz-Expires": str(S3_LINK_TIME),
+            "X-Amz-SignedHeaders": "host",
+        }
+        query = urllib.parse.urlencode(
+            fields, quote_via=urllib.parse.quote, safe="-_.~"
+        )
+        signed = self._signature(
+            "GET", path, query, {"host": self.host}, "UNSIGNED-PAYLOAD", now
+        )
+        return f"{self.base}{path}?{query}&X-Amz-Signature={signed}"
+
+    def _credential(self, now: str) -> str:
+        return f"{self.config.aws_access_key}/{self._scope(now)}"
+
+    def _scope(self, now: str) -> str:
+        return f"{now[:8]}/{self.config.s3_region}/s3/aws4_request"
+
+    def _signature(
+        self, method: str, path: str, query: str, headers: Json, digest: str, now: str
+    ) -> str:
+        """*headers*: in small letters, sorted; path and query: quoted; query sorted."""
+        lines = [method, path, query]
+        lines += [f"{name}:{value}" for name, value in headers.items()]
+        lines += ["", ";".join(headers), digest]
+        hashed = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        text = "\n".join([S3_ALGORITHM, now, self._scope(now), hashed])
+        key = f"AWS4{self.config.aws_secret_key}".encode()
+        for word in [*self._scope(now).split("/"), text]:
+            key = hmac.new(key, word.encode(), "sha256").digest()
+        return key.hex()
+
+    def _authorized(
+        self, method: str, path: str, query: str, headers: Json, digest: str
+    ) -> Json:
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stamp = {"host": self.host, "x-amz-content-sha256": digest, "x-amz-date": now}
+        headers = dict(sorted({**headers, **stamp}.items()))
+        signed = self._signature(method, path, query, headers, digest, now)
+        headers["authorization"] = (
+            f"{S3_ALGORITHM} Credential={self._credential(now)}, "
+            f"SignedHeaders={';'.join(headers)}, Signature={signed}"
+        )
+        return headers
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: str = "",
+        headers: Json | None = None,
+        digest: str = "",
+        body: Any = None,
+    ) -> None:
+        """One request; again where the fault is the other side's.  Raises OSError."""
+        digest = digest or hashlib.sha256().hexdigest()
+        url = f"{self.base}{path}{'?' if query else ''}{query}"
+        for wait in (*S3_WAITS, None):
+            if body:
+                body.seek(0)
+            sent = self._authorized(method, path, query, headers or {}, digest)
+            request = urllib.request.Request(url, body, sent, method=method)
+            try:
+                self._opener.open(request, timeout=TRANSFER_TIMEOUT).close()
+                return
+            except urllib.error.HTTPError as error:
+                with error:
+                    refusal = S3Refused(self.config, error.code, beginning(error))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(getattr(error, "reason", error))
+                if body and ("reset" in reason or "Broken pipe" in reason):
+                    reason += ": it may have refused the file before it had all of it"
+                refusal = S3Refused(self.config, 500, b"", f"{self.base}: {reason}")
+            if wait is None or refusal.status < 500:
+                raise refusal
+            time.sleep(wait)
+
+
 STORES: dict[str, type[AssetStore]] = {"filesystem": FilesystemStore, "s3": S3Store}
 
 
@@ -1398,7 +1462,7 @@ WEB_URL = re.compile(r"(?:https?|ftp):", re.IGNORECASE)
 
 
 def is_url(text: str) -> bool:
-    """Is *text* what is downloaded?  A pattern costs more than a look at a letter."""
+    """Is *text* a URL to download?  To look at its first letter first is cheaper."""
     return text[:1] in "fFhH" and URL.fullmatch(text) is not None
 
 
@@ -1432,6 +1496,7 @@ class Action:
     """
 
     _name = ""
+    needs: tuple[str, ...] = ()  # programs; a built-in one is there where they are
 
     def __init__(
         self, input: str, options: Json, store: AssetStore, work_directory: str
@@ -1496,12 +1561,10 @@ def download_from_web(url: str, path: str) -> None:
     import urllib.request  # the fork server has it by now; see ForkServer.start
     import zlib
 
-    # Only the environment's proxies: macOS's settings can't be read after a fork.
-    proxies = urllib.request.ProxyHandler(urllib.request.getproxies_environment())
-    opener = urllib.request.build_opener(proxies)
+    opener = web_opener()
     request = urllib.request.Request(url, headers={"User-Agent": "crowdnode"})
     try:
-        with opener.open(request, timeout=DOWNLOAD_TIMEOUT) as reply:
+        with opener.open(request, timeout=TRANSFER_TIMEOUT) as reply:
             encoding = (reply.headers.get("Content-Encoding") or "").lower()
             unpack = zlib.decompressobj(47) if encoding in ("gzip", "deflate") else None
             length = reply.headers.get("Content-Length")
@@ -1575,8 +1638,8 @@ def run_program(
 ) -> None:
     """Run *command*, which begins with a path, and wait for its end.
 
-    descriptors: which number it is to have, and which it has here.  Raises
-    ActionFailed, with the last lines that it printed."""
+    descriptors: pairs of its number there and its number here.  Raises ActionFailed,
+    with the last lines that it printed."""
     errors_from = os.lseek(2, 0, os.SEEK_END)
     try:
         pid = os.posix_spawn(
@@ -1650,6 +1713,11 @@ def stages_of(action: type[Action]) -> list[str]:
     ]
 
 
+# ---------------------------------------------------------------------------
+# Built-in actions: CloudCrowd's own.
+# ---------------------------------------------------------------------------
+
+
 class WordCount(Action):
     """CloudCrowd's example: the words of each input, counted as ``wc -w`` does, and
     their sum."""
@@ -1672,13 +1740,12 @@ class WordCount(Action):
 
 
 class ProgramAction(Action):
-    """A built-in action that is there where the programs are that it *needs*."""
-
-    needs: tuple[str, ...] = ()
+    """A built-in action that has programs do its work."""
 
     def program(self, name: str, *arguments: str, options: Any = "") -> None:
-        """Run a program in the work directory.  *options*, a job's, are split as a
-        shell splits words, and no shell sees them.  Raises ActionFailed."""
+        """Run a program in the work directory.  *options*, a job's, go after the first
+        argument; they are split as a shell splits words, and no shell sees them.
+        Raises ActionFailed."""
         import shlex
 
         path = program_path(name)
@@ -1852,6 +1919,11 @@ BUILT_IN_ACTIONS: dict[str, type[Action]] = {
 }
 
 
+# ---------------------------------------------------------------------------
+# Loading actions: finds them, and says what is wrong with those that do not load.
+# ---------------------------------------------------------------------------
+
+
 class ActionLoader:
     """Finds the actions of a configuration.  ``problems`` holds what a person should
     know: (log level, sentence)."""
@@ -1864,7 +1936,8 @@ class ActionLoader:
     def load(self) -> dict[str, type[Action]]:
         """Load every action; one that does not load is left out, and said.
 
-        None at all, where the directory of actions can't be read."""
+        No action at all where actions_path can't be read: the built-in ones alone are
+        not what was meant."""
         # A module says "from crowdnode import Action" though this runs as __main__.
         sys.modules.setdefault("crowdnode", sys.modules[__name__])
         origin: dict[str, str] = {}
@@ -1899,8 +1972,7 @@ class ActionLoader:
         """Those whose programs are here; of the others it is said, if not loudly."""
         found = {}
         for name, action in BUILT_IN_ACTIONS.items():
-            needs = getattr(action, "needs", ())
-            missing = [program for program in needs if not program_path(program)]
+            missing = [need for need in action.needs if not program_path(need)]
             if not missing:
                 found[name] = action
             elif name not in {*self.actions, *self.config.disabled_actions}:
@@ -1918,7 +1990,7 @@ class ActionLoader:
     def _candidates(self) -> list[str]:
         """The files in actions_path that may be actions, by name.
 
-        Raises OSError where it can't be read, which is no reason to do without them."""
+        Raises OSError where it can't be read."""
         directory = self.config.actions_path
         try:
             names = sorted(os.listdir(directory))
@@ -1945,7 +2017,8 @@ class ActionLoader:
             )
             return None
         if not path.endswith(".py"):
-            stages = self.config.limit(name, "stages") or ["process"]
+            section = self.config.actions.get(name, {})
+            stages = section.get("stages") or ["process"]
             return executable_action(name, path, stages)
         before = running_threads()
         try:
@@ -2045,8 +2118,8 @@ class Limits:
 class Worker:
     """Runs one work unit, in a process of its own.
 
-    Made before the fork; what it touches after it costs a copied page each, so that it
-    is written with an eye to that.  record, output: descriptors; the former holds the
+    Made before the fork.  After it each page that is written to is copied, so it writes
+    to few.  record, output: descriptors; the former holds the
     record's lock.  deadline, timed_out: its parent's notes."""
 
     __slots__ = (
@@ -2115,7 +2188,7 @@ class Worker:
         The fork server writes the pid down, too, before it tells anybody of it; should
         it die before that, this worker can still be found and ended."""
         os.setsid()
-        os.write(self.record, b"pid %d\n" % os.getpid())
+        os.write(self.record, pid_line(os.getpid()))
         os.dup2(self.output, 1)
         os.dup2(self.output, 2)
         os.close(self.output)
@@ -2227,9 +2300,10 @@ class Worker:
             resource.setrlimit(number, (hard, hard))
 
     def _outcome_line(self, status: str, output: bytes) -> bytes:
+        microseconds = (time.monotonic_ns() - self.start_time) // 1000
         # Not as a float: to write one touches ten pages more.
-        seconds, rest = divmod(time.monotonic_ns() - self.start_time, 1_000_000_000)
-        return b"%s %d.%06d %s\n" % (status.encode(), seconds, rest // 1000, output)
+        seconds, rest = divmod(microseconds, 1_000_000)
+        return outcome_line(status, f"{seconds}.{rest:06d}", output)
 
     def _find_record(self) -> None:
         """Open the record again, should the action have closed its descriptor."""
@@ -2353,8 +2427,8 @@ class Deadlines:
                 self.set(pid, now + KILL_GRACE, signal.SIGKILL)
 
     def forget_ended(self) -> None:
-        """Drop those of workers that have ended, once they are many: they might be
-        days away."""
+        """Drop those of workers that have ended, once they are many: they might be due
+        in days."""
         if len(self._heap) > 2 * len(self.workers) + 100:
             self._heap = [item for item in self._heap if self._holds(*item[:2])]
             heapq.heapify(self._heap)
@@ -2378,9 +2452,9 @@ class Leftovers:
         if self.prctl:
             self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def of(self, pid: int, wait_status: int) -> None:
+    def after(self, pid: int, wait_status: int) -> None:
         """The child *pid* has ended: end its group, and look for daemons soon."""
-        if wait_status or not self.prctl:  # else it is found, if there is any
+        if wait_status or not self.prctl:  # else it becomes our child
             kill_group(pid, signal.SIGKILL)
         if self.look_at is None:
             self.look_at = time.monotonic() + LOOK_INTERVAL
@@ -2398,8 +2472,8 @@ class Leftovers:
 class OomScore:
     """Linux's measure of whom the kernel ends when memory runs out.
 
-    A worker is born as the first of all: to say so itself would cost it four times as
-    much."""
+    A worker is born as the first of all: the fork server sets it around the fork, which
+    costs a quarter of what it would cost the worker."""
 
     def __init__(self) -> None:
         self._descriptor, self._usual = -1, b"0"
@@ -2410,7 +2484,7 @@ class OomScore:
             pass  # no Linux
 
     def set(self, is_worker: bool) -> None:
-        """What a process has that is forked from now on."""
+        """Set that of what is forked from now on."""
         if self._descriptor >= 0:
             try:
                 os.pwrite(self._descriptor, b"1000" if is_worker else self._usual, 0)
@@ -2528,7 +2602,7 @@ class ForkServer:
             self.workers[pid] = worker
             if limits.time:
                 self.deadlines.set(pid, time.monotonic() + limits.time)
-            write_all(worker.record, b"pid %d\n" % pid)
+            write_all(worker.record, pid_line(pid))
             # As send() has it, at a fraction of the cost; so too in _reap().
             self.node.to_send += b'["started","%s",%d]\n' % (worker.id, pid)
         except FileExistsError:
@@ -2593,7 +2667,7 @@ class ForkServer:
                 self.node.to_send += b'["ended","%s",%d,%s]\n' % (
                     worker.id, status, timed_out
                 )  # fmt: skip
-            self.leftovers.of(pid, status)
+            self.leftovers.after(pid, status)
             self.deadlines.forget_ended()
             if worker and not self.workers:
                 return  # to ask whether there are more would raise, mostly
@@ -2887,6 +2961,89 @@ def basic_credentials(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------
+# Surroundings: what a start insists on and --check looks at.  Directories, storage, and
+# the name that central is told.
+# ---------------------------------------------------------------------------
+
+CLOCK_TOLERANCE = 60  # seconds that this machine's clock may be off central's
+
+
+def prepare_directories(config: Config) -> None:
+    """Make what the node writes to.  Raises CrowdError, naming the key."""
+    for key, path in (
+        ("state_path", config.state_path),
+        ("state_path", config.units_path),
+        ("temp_storage_path", config.temp_storage_path),
+    ):
+        try:
+            make_private_directory(path)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "not writable")
+            state = os.stat(path)
+        except OSError as error:
+            raise CrowdError(f"{key}: can't use {path}: {error.strerror}") from None
+        # Whoever can write here could plant a link, and have units write elsewhere.
+        if state.st_mode & 0o022 or state.st_uid not in (0, os.geteuid()):
+            raise CrowdError(
+                f"{key}: others can write to {path}: chmod 700 {path}, or choose "
+                "another that is this user's alone"
+            )
+
+
+def check_storage(config: Config) -> None:
+    """Raise CrowdError where what actions save can't be kept."""
+    try:
+        STORES[config.storage](config).check()
+    except OSError as error:
+        sentence = f"storage = {config.storage}: can't be used: {error.strerror}"
+        raise CrowdError(sentence) from None
+
+
+def state_warnings(config: Config) -> list[str]:
+    """What a person should know of the files that the node uses."""
+    found = list(config.warnings)
+    if os.stat(config.state_path).st_mode & 0o077:
+        path = config.state_path
+        found.append(f"state_path: others can look into {path}: chmod 700 {path}")
+    with contextlib.suppress(OSError):  # it may just be replaced
+        if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
+            found.append(f"clock: it stands before the day {PROGRAM} was written")
+    for key in ("state_path", "temp_storage_path"):
+        found += temporary_warnings(key, getattr(config, key))
+    return found + STORES[config.storage](config).warnings()
+
+
+def host_problems(config: Config) -> list[tuple[str, str]]:
+    """What is wrong with the name that this node tells central to dial."""
+    local = urllib.parse.urlsplit(config.central_server).hostname or ""
+    try:
+        found = socket.getaddrinfo(config.host.strip("[]"), None)
+        central = {info[4][0] for info in socket.getaddrinfo(local, None)}
+    except OSError as error:
+        sentence = (
+            f"host = {config.host}, or central's, does not resolve here ({error}); "
+            "where central can't resolve it either, no node gets work: set host, or "
+            "add it to DNS or /etc/hosts"
+        )
+        return [("warning", sentence)]
+    addresses = {str(info[4][0]).partition("%")[0] for info in found}
+    if is_loopback(addresses) and not is_loopback({str(item) for item in central}):
+        sentence = (
+            f"host = {config.host} is this machine alone ({', '.join(addresses)}), but "
+            f"central is elsewhere ({local}): set host to a name that central can dial"
+        )
+        return [("warning", sentence)]
+    return []
+
+
+def is_loopback(addresses: set[str]) -> bool:
+    """Are all of *addresses* this machine's own?"""
+    return all(
+        ipaddress.ip_address(item.partition("%")[0]).is_loopback for item in addresses
+    )
+
+
+# ---------------------------------------------------------------------------
 # Node, part one: its tools.  The log, threads, loops that no fault ends, signals, and
 # the reasons to refuse work.
 # ---------------------------------------------------------------------------
@@ -2895,14 +3052,8 @@ RETRY_WAIT = 5  # seconds, doubled at each failure up to
 RETRY_WAIT_LIMIT = 60  # seconds
 REMINDER_INTERVAL = 60  # seconds between two log lines about the same overload
 
+LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
 log: logging.Logger  # set_up_log() makes it
-
-
-def log_output(who: str, data: bytes) -> None:
-    """Copy what a process has printed to the log, line by line, under its name."""
-    for line in data.decode("utf-8", "replace").splitlines():
-        record = {"name": who, "levelno": logging.INFO, "levelname": "output"}
-        log.handle(logging.makeLogRecord({**record, "msg": line}))
 
 
 def make_printable(record: logging.LogRecord) -> bool:
@@ -2915,6 +3066,50 @@ def make_printable(record: logging.LogRecord) -> bool:
     record.msg = text
     record.args = None
     return True
+
+
+def set_up_log(path: str | None, level: str) -> None:
+    """Log to the file at *path*, or to standard error.  Raises OSError."""
+    global log
+
+    class LogFile(logging.handlers.RotatingFileHandler):
+        """Asks the kernel for its size: the base's way takes as long as all else."""
+
+        def shouldRollover(self, record: logging.LogRecord) -> bool:
+            if self.stream is None:
+                self.stream = self._open()
+            return os.fstat(self.stream.fileno()).st_size >= self.maxBytes
+
+    handler: logging.Handler = logging.StreamHandler()
+    if path:
+        handler = LogFile(
+            path, maxBytes=LOG_SIZE, backupCount=LOGS_KEPT, encoding="utf-8"
+        )
+    handler.setFormatter(
+        logging.Formatter(
+            "%(asctime)s %(name)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"
+        )
+    )
+    for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logging.addLevelName(getattr(logging, name), name.lower())
+    logging.raiseExceptions = False  # a full disk is no reason to print tracebacks
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    log = logging.Logger(f"node[{os.getpid()}]", level.upper())
+    log.addHandler(handler)
+    log.addFilter(make_printable)
+
+
+def log_problems(problems: list[tuple[str, str]]) -> None:
+    """Log sentences, each with its level."""
+    for level, sentence in problems:
+        log.log(getattr(logging, level.upper()), "%s", sentence)
+
+
+def log_output(who: str, data: bytes) -> None:
+    """Copy what a process has printed to the log, line by line, under its name."""
+    for line in data.decode("utf-8", "replace").splitlines():
+        record = {"name": who, "levelno": logging.INFO, "levelname": "output"}
+        log.handle(logging.makeLogRecord({**record, "msg": line}))
 
 
 def start_thread(
@@ -3271,7 +3466,7 @@ class ForkServerLink:
         self.output = config.state_file("fork_server.out")
         self._send_lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
-        # One that does not read must not keep whoever sends, and what he has locked.
+        # A fork server that does not read must not block a sender, who may hold a lock.
         deadline = struct.pack("ll", SEND_DEADLINE, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
         try:
@@ -3421,8 +3616,7 @@ class ForkServers:
         self._all.add(link)
         in_time = link.ready.wait(LOAD_DEADLINE)
         link.log_output()
-        for level, sentence in link.problems:
-            log.log(getattr(logging, level.upper()), "%s", sentence)
+        log_problems(link.problems)
         if link.actions:
             return link
         link.kill()
@@ -4178,7 +4372,7 @@ class Intake:
 
     def _enter(self, name: str, head: Json, deadline: float) -> tuple[Unit, bool]:
         """The unit of this *name*, known or new.  An older one with other content is
-        superseded: central would not send it if it had not let go of that one."""
+        superseded: central sends other content only once it has let go of that one."""
         units = self.units
         with units.changed:
             while name in units.by_name:
@@ -4241,7 +4435,7 @@ class Delivery:
         """Report *unit* and forget it.  Raises CentralError, or OSError where its
         outcome can't be read or written down now: to be tried again."""
         outcome = self._outcome(unit)
-        with self.units.changed:  # central may just be asking again for the pid
+        with self.units.changed:  # replies under way still name the pid
             self.units.changed.wait_for(lambda: not unit.replies_due, START_DEADLINE)
             if unit.withdrawn:
                 return
@@ -4276,12 +4470,12 @@ class Delivery:
         seconds, words = f"{unit.seconds():.6f}", self._last_words(unit)
         output = encoded_failure(self._cause(unit) + words)
         try:
-            write_outcome(unit.record, b"failed %s %s\n" % (seconds.encode(), output))
+            write_outcome(unit.record, outcome_line("failed", seconds, output))
         except OSError as error:
             if unit.backoff.wait < RETRY_WAIT_LIMIT:
                 raise
             log.warning("%s: can't write down its end: %s", unit, error)
-            # From now on it is told in the words that the next node would use.
+            # The next node will know no more than this, and is to say the same.
             unit.wait_status, unit.timed_out = None, False
             output = encoded_failure(UNWATCHED + words)
         return Outcome("failed", seconds, output, kind)
@@ -4829,6 +5023,7 @@ HTTP_PHRASES = {
     503: "Service Unavailable",
 }  # fmt: skip
 FORM_TYPE = "application/x-www-form-urlencoded"
+# What a POST may stand for.
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "LINK", "UNLINK")
 
 
@@ -4886,7 +5081,7 @@ class NodeServer(ServerBase):
         self.open = 0  # connections
         self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.threads = 0
-        self.idle = 0  # threads that wait, less what waits for them
+        self.idle = 0  # threads that wait, less connections that do
         self.server_address = self.socket.getsockname()
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -5026,7 +5221,7 @@ class RequestHandler(HandlerBase):
         if line in (b"\r\n", b"\n"):  # RFC 9112, section 2.2
             line = self.rfile.readline(LINE_LIMIT + 1)
         if not line:
-            return False  # connected and closed: a port scanner's heartbeat
+            return False  # connected and closed, as port scanners do
         if len(line) > LINE_LIMIT:
             raise BadRequest("The request's first line is too long.", 414)
         words = line.decode("latin-1").split()
@@ -5086,7 +5281,7 @@ class RequestHandler(HandlerBase):
         """Send the whole answer at once.  Raises OSError where the peer has gone."""
         data = body.encode("utf-8", "replace")
         head = (
-            f"HTTP/1.1 {status} {HTTP_PHRASES.get(status, 'Refused')}\r\n"
+            f"HTTP/1.1 {status} {HTTP_PHRASES[status]}\r\n"
             f"{header}Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
             "Connection: close\r\nServer: crowdnode\r\n\r\n"
         ).encode("latin-1")
@@ -5314,7 +5509,8 @@ class Lifetime:
         )  # fmt: skip
         started()
         with contextlib.suppress(OSError):
-            start_thread(self.warn_about_host)
+            # One host name that central can't resolve stops the whole crowd.
+            start_thread(lambda: log_problems(host_problems(self.config)))
         while self.signals.next() == signal.SIGHUP:
             if not self.program.is_outdated(self.config):
                 self.reload()
@@ -5362,7 +5558,7 @@ class Lifetime:
         while not self.is_upgrade and node.units.waiting():
             if node.reporter.central_is_away or time.monotonic() > deadline:
                 break
-            # Not at each report: to count takes as long as they are many.
+            # Not at each report: waiting() walks over all units.
             time.sleep(0.05)
 
     def _stop_starting(self, number: int, frame: Any) -> None:
@@ -5378,11 +5574,6 @@ class Lifetime:
         else:
             self.node.servers.stop()
 
-    def warn_about_host(self) -> None:
-        """One host name that central can't resolve stops the whole crowd."""
-        for level, sentence in host_problems(self.config):
-            log.log(getattr(logging, level.upper()), "%s", sentence)
-
     def _outdated(self) -> None:
         self.signals.feign(signal.SIGHUP)
 
@@ -5395,13 +5586,15 @@ class Lifetime:
             handler.close()  # it opens its file again with the next line
         try:
             config = self.load()
-            for warning in config.keep_place(vars(self.config)):
-                log.warning("%s", warning)
+            config.warnings += config.keep_place(vars(self.config))
+            prepare_directories(config)
+            check_storage(config)
             link = node.servers.start(config)
         except (CrowdError, OSError) as error:
             log.error("not reloaded, all stays as it was: %s", error)
             return
         self.config.replace(config)
+        log_problems([("warning", warning) for warning in state_warnings(config)])
         node.servers.use(link)
         log.setLevel(config.log_level.upper())
         log.info("reloaded; actions: %s", ", ".join(node.servers.actions))
@@ -5444,36 +5637,6 @@ class Lifetime:
         for process in list(running_commands):
             kill_group(process.pid, signal.SIGKILL)
         log.info("stopped")
-
-
-def host_problems(config: Config) -> list[tuple[str, str]]:
-    """What is wrong with the name that this node tells central to dial."""
-    local = urllib.parse.urlsplit(config.central_server).hostname or ""
-    try:
-        found = socket.getaddrinfo(config.host.strip("[]"), None)
-        central = {info[4][0] for info in socket.getaddrinfo(local, None)}
-    except OSError as error:
-        sentence = (
-            f"host = {config.host}, or central's, does not resolve here ({error}); "
-            "where central can't resolve it either, no node gets work: set host, or "
-            "add it to DNS or /etc/hosts"
-        )
-        return [("warning", sentence)]
-    addresses = {str(info[4][0]).partition("%")[0] for info in found}
-    if is_loopback(addresses) and not is_loopback({str(item) for item in central}):
-        sentence = (
-            f"host = {config.host} is this machine alone ({', '.join(addresses)}), but "
-            f"central is elsewhere ({local}): set host to a name that central can dial"
-        )
-        return [("warning", sentence)]
-    return []
-
-
-def is_loopback(addresses: set[str]) -> bool:
-    """Are all of *addresses* this machine's own?"""
-    return all(
-        ipaddress.ip_address(item.partition("%")[0]).is_loopback for item in addresses
-    )
 
 
 # ---------------------------------------------------------------------------
@@ -5712,8 +5875,6 @@ class CentralHandler(HandlerBase):
 class LocalRun:
     """One job on this machine: a LocalCentral, a real node, its workers."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
     def __init__(
         self,
         config: Config,
@@ -5744,7 +5905,7 @@ class LocalRun:
 
     def run(self, inputs: list[str]) -> int:
         """Do the job; print its outputs.  Returns the exit status."""
-        for number in self.SIGNALS:
+        for number in NODE_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 signal.signal(number, self._interrupt)
         try:
@@ -5776,7 +5937,7 @@ class LocalRun:
             print(json.dumps(outputs, ensure_ascii=not is_utf8))
             return
         data = json.dumps(outputs, ensure_ascii=False).encode() + b"\n"
-        for number in self.SIGNALS:  # who reads a pipe may never come
+        for number in NODE_SIGNALS:  # who reads a pipe may never come
             if signal.getsignal(number) == self._interrupt:
                 signal.signal(number, signal.SIG_DFL)
         try:
@@ -5954,8 +6115,6 @@ def input_of(argument: str) -> str:
 
 WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
 HEARTBEAT_DEADLINE = 2  # seconds
-TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/", "/private/var/tmp/")
-LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
 
 
 class NodeLock:
@@ -5970,10 +6129,16 @@ class NodeLock:
         self.descriptor = -1
 
     def acquire(self, patience: float) -> bool:
-        """Take the lock; False where a node has it.  Raises OSError.
+        """Take the lock; False where a node has it.  Raises CrowdError.
 
         It may take some patience (seconds): holder() takes it too, for a moment."""
-        deadline = time.monotonic() + patience
+        os.umask(0o077)  # from here on all that is made is this user's alone
+        try:
+            return self._acquire(time.monotonic() + patience)
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _acquire(self, deadline: float) -> bool:
         make_private_directory(self.config.state_path)
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -6021,101 +6186,12 @@ class NodeLock:
         except (FileNotFoundError, ValueError):
             pass
         except OSError as error:
-            path = self.config.state_path
-            raise CrowdError(
-                f"state_path: can't use {path}: {error.strerror}"
-            ) from None
+            raise self._unusable(error) from None
         return None
 
-
-def set_up_log(path: str | None, level: str) -> None:
-    """Log to the file at *path*, or to standard error.  Raises OSError."""
-    global log
-
-    class LogFile(logging.handlers.RotatingFileHandler):
-        """Asks the kernel for its size: the base's way takes as long as all else."""
-
-        def shouldRollover(self, record: logging.LogRecord) -> bool:
-            if self.stream is None:
-                self.stream = self._open()
-            return os.fstat(self.stream.fileno()).st_size >= self.maxBytes
-
-    handler: logging.Handler = logging.StreamHandler()
-    if path:
-        handler = LogFile(
-            path, maxBytes=LOG_SIZE, backupCount=LOGS_KEPT, encoding="utf-8"
-        )
-    handler.setFormatter(
-        logging.Formatter(
-            "%(asctime)s %(name)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"
-        )
-    )
-    for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        logging.addLevelName(getattr(logging, name), name.lower())
-    logging.raiseExceptions = False  # a full disk is no reason to print tracebacks
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    log = logging.Logger(f"node[{os.getpid()}]", level.upper())
-    log.addHandler(handler)
-    log.addFilter(make_printable)
-
-
-def prepare_directories(config: Config) -> None:
-    """Make what the node writes to.  Raises CrowdError, naming the key."""
-    for key, path in (
-        ("state_path", config.state_path),
-        ("state_path", config.units_path),
-        ("temp_storage_path", config.temp_storage_path),
-    ):
-        try:
-            make_private_directory(path)
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "not writable")
-            state = os.stat(path)
-        except OSError as error:
-            raise CrowdError(f"{key}: can't use {path}: {error.strerror}") from None
-        # Who can, may put a link there, and have units write where he likes.
-        if state.st_mode & 0o022 or state.st_uid not in (0, os.geteuid()):
-            raise CrowdError(
-                f"{key}: others can write to {path}: chmod 700 {path}, or choose "
-                "another that is this user's alone"
-            )
-
-
-def check_storage(config: Config) -> None:
-    """Raise CrowdError where what actions save can't be kept."""
-    try:
-        STORES[config.storage](config).check()
-    except OSError as error:
-        where = f", local_storage_path = {config.local_storage_path}"
-        where = where if config.storage == "filesystem" else ""
-        raise CrowdError(
-            f"storage = {config.storage}{where}: can't be used: {error.strerror}"
-        ) from None
-
-
-def state_warnings(config: Config) -> list[str]:
-    """What a person should know of the files that the node uses."""
-    found = list(config.warnings)
-    if os.stat(config.state_path).st_mode & 0o077:
-        path = config.state_path
-        found.append(f"state_path: others can look into {path}: chmod 700 {path}")
-    with contextlib.suppress(OSError):  # it may just be replaced
-        if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
-            found.append(f"clock: it stands before the day {PROGRAM} was written")
-    for key in ("state_path", "temp_storage_path", "local_storage_path"):
-        path = os.path.realpath(getattr(config, key)) + "/"
-        if path.startswith(TEMPORARY_DIRECTORIES):
-            found.append(
-                f"{key}: {path} is in a directory that the system empties now and "
-                "then, of units and results too: choose another"
-            )
-    path = config.local_storage_path
-    if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
-        found.append(
-            f"local_storage_path: others can write to {path}, and could put links "
-            f"there: chmod go-w {path}"
-        )
-    return found
+    def _unusable(self, error: OSError) -> CrowdError:
+        path = self.config.state_path
+        return CrowdError(f"state_path: can't use {path}: {error.strerror}")
 
 
 def allow_descriptors() -> None:
@@ -6129,6 +6205,20 @@ def allow_descriptors() -> None:
             wanted = min(wanted, hard)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class NotRunning(CrowdError):
+    """There is no node to talk to."""
+
+    status = EXIT_NOT_RUNNING
+
+
+def pid_of_node(config: Config) -> int:
+    """The pid of the node that runs here.  Raises NotRunning."""
+    pid = NodeLock(config).holder()
+    if pid is None:
+        raise NotRunning("no node runs here")
+    return pid
 
 
 class Launch:
@@ -6188,8 +6278,7 @@ def run_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> None
         if program != PROGRAM and not IS_COMPILED and __name__ == "__main__":
             go_on_as(program, lock, launch)
         allow_descriptors()
-        for warning in state_warnings(config):
-            log.warning("%s", warning)
+        log_problems([("warning", warning) for warning in state_warnings(config)])
         life = Lifetime(config, load, program, lock.unclean, launch.listener)
         if launch.attended:
             start_thread(stop_at_end_of_input, life.signals)
@@ -6273,7 +6362,7 @@ def run_in_foreground(
 ) -> int:
     """A node in the foreground, its log on standard error."""
     lock = NodeLock(config)
-    if not acquire(lock, 0.3):
+    if not lock.acquire(0.3):
         raise CrowdError(
             f"a node runs here already, as process {lock.holder()} "
             f"(state_path {config.state_path})"
@@ -6281,22 +6370,12 @@ def run_in_foreground(
     return be_node(lock, load, Launch(attended=attended))
 
 
-def acquire(lock: NodeLock, patience: float) -> bool:
-    """Take the lock.  Raises CrowdError where that can't even be tried."""
-    os.umask(0o077)  # from here on all that is made is this user's alone
-    try:
-        return lock.acquire(patience)
-    except OSError as error:
-        path = lock.config.state_path
-        raise CrowdError(f"state_path: can't use {path}: {error.strerror}") from None
-
-
 def run_in_background(config: Config, load: Callable[[], Config]) -> int:
     """--daemon: see to it that a node runs here.  Raises CrowdError."""
     os.closerange(3, 256)  # what cron or a shell has left open
     lock = NodeLock(config)
     give_up = time.monotonic() + WEDGED_AFTER
-    while not acquire(lock, 0):
+    while not lock.acquire(0):
         if ask(config, "/heartbeat"):
             return EXIT_OK
         if time.monotonic() > give_up:
@@ -6404,33 +6483,21 @@ def ask(config: Config, path: str) -> tuple[int, str] | None:
 
 
 def stop_node(config: Config) -> int:
-    """--stop"""
-    lock = NodeLock(config)
-    pid = lock.holder()
-    if pid is None:
-        print("crowdnode: no node runs here", file=sys.stderr)
-        return EXIT_NOT_RUNNING
+    """--stop: have the node check out and end, and wait until it is gone."""
     patience = config.drain_time + CHECK_OUT_TIMEOUT + TERM_GRACE
-    end_node(lock, pid, patience)
+    end_node(NodeLock(config), pid_of_node(config), patience)
     return EXIT_OK
 
 
 def reload_node(config: Config) -> int:
-    """--reload"""
-    pid = NodeLock(config).holder()
-    if pid is None:
-        print("crowdnode: no node runs here", file=sys.stderr)
-        return EXIT_NOT_RUNNING
-    send_signal(pid, signal.SIGHUP)
+    """--reload: have the node read everything anew; the log says how that went."""
+    send_signal(pid_of_node(config), signal.SIGHUP)
     return EXIT_OK
 
 
 def show_status(config: Config, as_json: bool) -> int:
-    """--status"""
-    pid = NodeLock(config).holder()
-    if pid is None:
-        print("crowdnode: no node runs here", file=sys.stderr)
-        return EXIT_NOT_RUNNING
+    """--status: print what the node says that it does."""
+    pid = pid_of_node(config)
     answer = ask(config, "/status")
     if answer is None or answer[0] != 200:
         how = {None: "does not answer", 403: "answers 403: allow leaves 127.0.0.1 out"}
@@ -6576,7 +6643,7 @@ def check_central(config: Config) -> list[tuple[str, str]]:
 
 
 def run_job(config: Config, arguments: argparse.Namespace) -> int:
-    """--run"""
+    """--run: do a job here, and print its outputs."""
     inputs = arguments.inputs
     if "-" in inputs:
         lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
@@ -6604,27 +6671,19 @@ COMMANDS = (
     ("--stop", "stop the node and wait until it is gone"),
     ("--reload", "have the node read configuration and actions anew"),
 )
+# Options with the command that each goes with, "" for all; and what each takes, "" for
+# nothing.
 OPTIONS = (
-    ("--config", "FILE", "default: crowdnode.conf here, else beside this file"),
-    ("--port", "N", "the same as --set port=N"),
-    ("--options", "JSON", "with --run: the options of the job"),
-    ("--output", "FILE", "with --run: where the outputs go instead of standard output"),
+    ("--config", "", "FILE", "default: crowdnode.conf here, else beside this file"),
+    ("--port", "", "N", "the same as --set port=N"),
+    ("--options", "run", "JSON", "the options of the job"),
+    ("--output", "run", "FILE", "where the outputs go instead of standard output"),
+    ("--strings", "run", "", "inputs are strings"),
+    ("--quiet", "run", "", "no progress"),
+    ("--keep-going", "run", "", "go on where an input has failed (the default)"),
+    ("--fail-fast", "run", "", "stop where an input has failed"),
+    ("--json", "status", "", "the document"),
 )
-SWITCHES = (
-    ("--strings", "with --run: inputs are strings"),
-    ("--quiet", "with --run: no progress"),
-    ("--keep-going", "with --run: go on where an input has failed (the default)"),
-    ("--fail-fast", "with --run: stop where an input has failed"),
-    ("--json", "with --status: the document"),
-)
-# An option, and the command that it goes with.
-BELONG = {"json": "status"}
-BELONG.update(
-    dict.fromkeys(
-        ("strings", "quiet", "options", "output", "keep_going", "fail_fast"), "run"
-    )
-)
-
 
 HELP_EPILOG = """\
 configuration:
@@ -6652,7 +6711,7 @@ in a crontab:
 
 
 def command_line_parser() -> argparse.ArgumentParser:
-    """What the command line may hold; two flags are for this program itself."""
+    """What the command line may hold; this program's flags for itself are hidden."""
     parser = argparse.ArgumentParser(
         prog="crowdnode.py",
         usage="%(prog)s [COMMAND] [OPTION]... [INPUT]...",
@@ -6690,14 +6749,16 @@ def add_options(options: Any) -> None:
         help="with --run: a file, a URL, with --strings any string; - is the lines of "
         "standard input",
     )
-    for name, metavar, does in OPTIONS:
-        options.add_argument(name, metavar=metavar, help=does)
-    options.add_argument(RESUME_FLAG, help=argparse.SUPPRESS)
     options.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
     )
-    for name, does in SWITCHES:
-        options.add_argument(name, action="store_true", help=does)
+    for name, command, takes, does in OPTIONS:
+        does = f"with --{command}: {does}" if command else does
+        if takes:
+            options.add_argument(name, metavar=takes, help=does)
+        else:
+            options.add_argument(name, action="store_true", help=does)
+    options.add_argument(RESUME_FLAG, help=argparse.SUPPRESS)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -6706,9 +6767,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_intermixed_args(argv[:end])
     arguments.inputs += argv[end + 1 :]
-    for option, command in BELONG.items():
-        if getattr(arguments, option) and not getattr(arguments, command):
-            parser.error(f"--{option.replace('_', '-')} goes with --{command}")
+    for option, command, _, _ in OPTIONS:
+        value = getattr(arguments, option[2:].replace("-", "_"))
+        if command and value not in (None, False) and not getattr(arguments, command):
+            parser.error(f"{option} goes with --{command}")
     if arguments.keep_going and arguments.fail_fast:
         parser.error("--fail-fast is the opposite of --keep-going")
     if arguments.inputs and not arguments.run:
@@ -6750,7 +6812,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return reload_node(config)
     if arguments.status:
         return show_status(config, arguments.json)
-    import_node_modules()
+    import_node_modules()  # --daemon, each minute, does without
     if arguments.check:
         return check(config)
     if arguments.stubs is not None:
