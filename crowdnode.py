@@ -1020,6 +1020,7 @@ def linux_memory(pattern: re.Pattern[str]) -> float | None:
 
 RECORD_VERSION = b"1"
 RECORD_KEYS = {"id", "job_id", "action", "stage", "attempts", "digest", "started"}
+OUTCOME = re.compile(rb'([0-9]+\.?[0-9]*) (\{"output":.*\})')
 WITHDRAWN = b"withdrawn\n"
 
 
@@ -1104,9 +1105,9 @@ def parse_record(data: bytes) -> Record:
             elif word == b"pid":
                 record.pid = int(rest)
             elif word in (b"succeeded", b"failed"):
-                seconds, _, output = rest.partition(b" ")
-                if output.endswith(b"}"):
-                    record.outcome = Outcome(word.decode(), seconds.decode(), output)
+                match = OUTCOME.fullmatch(rest)
+                if match:
+                    record.outcome = Outcome(word.decode(), match[1].decode(), match[2])
                 elif line.endswith(WITHDRAWN.strip()):  # of a worker killed in writing
                     record.withdrawn = True
                 else:
@@ -1143,16 +1144,17 @@ def is_locked(path: str) -> bool:
     return False
 
 
-def append_to_record(path: str, line: bytes) -> None:
-    """Add *line* to the record at *path*, if it is there.  Raises OSError."""
+def append_to_record(path: str, line: bytes) -> bool:
+    """Add *line* to the record at *path*, if it is there: was it?  Raises OSError."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
-        return
+        return False
     try:
         write_all(descriptor, line)
     finally:
         os.close(descriptor)
+    return True
 
 
 def write_outcome(path: str, line: bytes) -> None:
@@ -2285,12 +2287,13 @@ class Worker:
             written = os.write(self.record, line)
             write_all(self.record, line[written:])
         except OSError as error:
-            os.ftruncate(self.record, os.fstat(self.record).st_size - written)
+            if written:  # in part: from there on it is of no use
+                end = os.lseek(self.record, 0, os.SEEK_CUR)
+                os.ftruncate(self.record, end - written)
             # This one is short: it fits into what the file occupies already.
             reason = f"the outcome can't be written: {error.strerror}"
-            write_all(
-                self.record, self._outcome_line("failed", encoded_failure(reason))
-            )
+            line = self._outcome_line("failed", encoded_failure(reason))
+            write_all(self.record, line)
 
     def _lift_limits(self) -> None:
         for number, _ in self.limits.resources:
@@ -2646,10 +2649,11 @@ class ForkServer:
                 kill_worker(pid, signal.SIGKILL)
                 del self.workers[pid]  # its end is nobody's business
         try:
+            append_to_record(path, WITHDRAWN)  # should it stay, for its worker's pid
             remove_file(path)
             remove_file(f"{path}.out")
         except OSError:
-            pass  # without a pid's line nobody will take it for accepted
+            pass
         self.node.send("refused", unit["id"], f"can't start a worker: {error.strerror}")
 
     def _reap(self) -> None:
@@ -2714,6 +2718,7 @@ def run_fork_server(descriptor: int) -> int:
 # ---------------------------------------------------------------------------
 
 
+CONNECT_DEADLINE = 10  # seconds
 CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
 FORM_SAFE = b"%% %s%s0123456789-._~" % (
     bytes(range(ord("A"), ord("Z") + 1)), bytes(range(ord("a"), ord("z") + 1))
@@ -2722,12 +2727,18 @@ FORM_SAFE = b"%% %s%s0123456789-._~" % (
 
 class CentralError(Exception):
     """A call that central did not take.  status: its answer's, or None where there
-    was none; refused: nothing was there to connect to, so nothing was received."""
+    was none; unreached: there was no connection, so nothing was received."""
 
-    def __init__(self, message: str, status: int | None = None, refused: bool = False):
+    def __init__(
+        self, message: str, status: int | None = None, unreached: bool = False
+    ) -> None:
         super().__init__(message)
         self.status = status
-        self.refused = refused
+        self.unreached = unreached
+
+
+class NotConnected(OSError):
+    """The connection could not be made."""
 
 
 class Central:
@@ -2779,8 +2790,9 @@ class Central:
         for dialect in dialects:  # an unknown node is no error
             self._call("DELETE", self._node_path(dialect), None, CHECK_OUT_TIMEOUT)
 
-    def report(self, name: str, pid: int | None, outcome: Outcome) -> None:
-        """Report what came of the unit *name*, which the worker *pid* did.
+    def report(self, name: str, pid: int | None, outcome: Outcome) -> bool:
+        """Report what came of the unit *name*, which the worker *pid* did; False where
+        central does not know that unit.
 
         Source of the fields and their order: wire/new-report-*.request."""
         fields = [
@@ -2790,7 +2802,14 @@ class Central:
             ("status", outcome.status.encode()),
             ("output", outcome.output),
         ]
-        self._call("PUT", f"/work/{name}", fields, self.config.report_timeout)
+        try:
+            self._call("PUT", f"/work/{name}", fields, self.config.report_timeout)
+        except CentralError as error:
+            if error.status != 404:
+                raise
+            self._answered()
+            return False
+        return True
 
     def heartbeat(self) -> tuple[bytes, str | None]:
         """Ask whether central is there: the beginning of what it says, and its time,
@@ -2837,9 +2856,12 @@ class Central:
             failure = self._failure(error)
             self.error = str(failure)
             raise failure from None
+        self._answered()
+        return body, date
+
+    def _answered(self) -> None:
         self.answered = time.monotonic()
         self.error = None
-        return body, date
 
     def _failure(self, error: Exception) -> CentralError:
         """What *error* means, in words for a person."""
@@ -2858,8 +2880,8 @@ class Central:
             return CentralError(sentence, status=error.code)
         if isinstance(error, urllib.error.URLError):
             reason = error.reason
-            refused = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            return CentralError(str(reason), refused=refused)
+            never = (NotConnected, ConnectionRefusedError, socket.gaierror)
+            return CentralError(str(reason), unreached=isinstance(reason, never))
         return CentralError(f"{type(error).__name__}: {error}")
 
 
@@ -2871,8 +2893,13 @@ def send_at_once(connection: Any, request: urllib.request.Request) -> None:
     head = "\r\n".join([*lines, "", ""]).encode("latin-1")
     data: bytes = request.data or b""  # type: ignore[assignment]
     is_small = len(data) < READ_SIZE
+    patience, connection.timeout = connection.timeout, CONNECT_DEADLINE
     try:
         connection.connect()
+        connection.sock.settimeout(patience)
+    except OSError as error:
+        raise urllib.error.URLError(NotConnected(*error.args)) from None
+    try:
         connection.sock.sendall(head + data if is_small else head)
         if not is_small:
             connection.sock.sendall(data)
@@ -2882,9 +2909,15 @@ def send_at_once(connection: Any, request: urllib.request.Request) -> None:
 
 
 def read_status(reply: Any) -> None:
-    """Read the first line of an http.client.HTTPResponse.  Raises URLError."""
+    """Read the first line of an http.client.HTTPResponse, and pass over answers in the
+    interim (1xx).  Raises URLError."""
     line = reply.fp.readline(LINE_LIMIT)
     match = re.fullmatch(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n", line)
+    while match and match[1].startswith(b"1"):
+        while line.strip():
+            line = reply.fp.readline(LINE_LIMIT)
+        line = reply.fp.readline(LINE_LIMIT)
+        match = re.fullmatch(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n", line)
     if not match:
         said = (
             f"does not speak HTTP: {line[:50]!r}" if line else "closed the connection"
@@ -3216,11 +3249,10 @@ class Backoff:
     def __init__(self) -> None:
         self.wait = 0.0
 
-    def failed(self, patient: bool = False) -> float:
-        """Seconds until the next try; *patient*: the longest wait at once."""
-        self.wait = min(self.wait * 2 or RETRY_WAIT, RETRY_WAIT_LIMIT)
-        if patient:
-            self.wait = RETRY_WAIT_LIMIT
+    def failed(self, least: float = 0) -> float:
+        """Seconds until the next try, *least* or more of them."""
+        longer = max(least, self.wait * 2 or RETRY_WAIT)
+        self.wait = min(longer, RETRY_WAIT_LIMIT)
         return self.wait * random.uniform(0.8, 1.2)
 
 
@@ -3749,6 +3781,7 @@ class ForkServers:
 # ---------------------------------------------------------------------------
 
 START_DEADLINE = 5  # seconds for the fork server to answer for a unit
+REPLY_DEADLINE = 5  # seconds for a reply to be written before its unit is reported
 RECENT = 20  # units that ended, on the page
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 UNWATCHED = "the worker died while nobody watched it"
@@ -3780,10 +3813,12 @@ class Unit:
         self.refusal: str | None = None
         self.replies_due = 0  # requests that wait to be told the pid
         self.replied = False  # central has been told the pid
-        self.withdrawn = False
+        self.withdrawn = False  # or reported: not to be reported (again)
+        self.marked = False  # its record says so
+        self.took = 0.0  # seconds, of a worker that has ended
         self.wait_status: int | None = None  # None where nobody could wait for it
         self.timed_out = False
-        self.settled = False  # the reporters have it
+        self.queued = False  # the reporters have it
         self.told = False  # its outcome is in the counts and the log
         self.backoff = Backoff()  # between its reports
 
@@ -3888,13 +3923,16 @@ class Reporter:
         self.central_is_away = False
         self._changed = threading.Condition()
         self._ready: deque[Unit] = deque()
-        self._waiting: list[tuple[float, int, Unit]] = []  # heap: (when, tie, unit)
+        # A heap: (when, tie, unit, nothing was there).
+        self._put_off_units: list[tuple[float, int, Unit, bool]] = []
         self._count = 0
         self._stopped = False
         self._threads: list[threading.Thread] = []
 
-    def start(self, deliver: Callable[[Unit], None]) -> None:
-        """Begin; *deliver* raises CentralError where central has not taken it."""
+    def start(self, deliver: Callable[[Unit], bool]) -> None:
+        """Begin.  *deliver* raises CentralError where central has not taken it; it says
+        whether central was asked at all."""
+        self._stopped = False
         self._threads = [
             start_thread(self._run, deliver, name=f"reporter {number}")
             for number in range(1, REPORTERS + 1)
@@ -3915,22 +3953,19 @@ class Reporter:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _run(self, deliver: Callable[[Unit], None]) -> None:
-        while True:
-            unit = self._next()
-            if unit is None:
-                return
+    def _run(self, deliver: Callable[[Unit], bool]) -> None:
+        for unit in iter(self._next, None):
             try:
-                deliver(unit)
+                if deliver(unit) and self.central_is_away:
+                    self._central_is_back()
             except CentralError as error:
-                self.central_is_away = error.refused
                 # It may have been taken, and a second report is not free.
-                wait = unit.backoff.failed(patient=not error.refused)
+                wait = unit.backoff.failed(0 if error.unreached else RETRY_WAIT_LIMIT)
                 log.warning(
-                    "%s: central has not taken the report: %s; again in %.0f s",
+                    "%s: central has not confirmed the report: %s; again in %.0f s",
                     unit, error, wait,
                 )  # fmt: skip
-                self._put_off(unit, wait)
+                self._put_off(unit, wait, error.unreached)
             except OSError as error:
                 wait = unit.backoff.failed()
                 log.warning("%s: its record can't be read or written: %s; again in "
@@ -3939,37 +3974,40 @@ class Reporter:
             except Exception:
                 log.exception("%s: can't be reported; again in a minute", unit)
                 self._put_off(unit, RETRY_WAIT_LIMIT)
-            else:
-                self.central_is_away = False
-                self._wake_all()
 
     def _next(self) -> Unit | None:
+        """The next to report, when it is due; None: no more."""
         with self._changed:
-            while not self._ready or self._stopped:
-                if self._stopped:
-                    return None
+            while not self._stopped:
                 patience = None
-                if self._waiting:
-                    patience = self._waiting[0][0] - time.monotonic()
+                if self._put_off_units:
+                    patience = self._put_off_units[0][0] - time.monotonic()
                 if patience is not None and patience <= 0:
-                    return heapq.heappop(self._waiting)[2]
+                    return heapq.heappop(self._put_off_units)[2]
+                if self._ready:
+                    return self._ready.popleft()
                 self._changed.wait(patience)
-            return self._ready.popleft()
+            return None
 
-    def _put_off(self, unit: Unit, seconds: float) -> None:
+    def _put_off(self, unit: Unit, seconds: float, unreached: bool = False) -> None:
         with self._changed:
+            self.central_is_away = self.central_is_away or unreached
             self._count += 1
             due = time.monotonic() + seconds
-            heapq.heappush(self._waiting, (due, self._count, unit))
+            heapq.heappush(self._put_off_units, (due, self._count, unit, unreached))
             self._changed.notify()
 
-    def _wake_all(self) -> None:
-        """Central is back for one, so it is back for all."""
-        if self._waiting:
-            with self._changed:
-                self._ready.extend(unit for _, _, unit in sorted(self._waiting))
-                self._waiting.clear()
-                self._changed.notify_all()
+    def _central_is_back(self) -> None:
+        """For one, so for all that found nobody there."""
+        with self._changed:
+            self.central_is_away = False
+            later = [item for item in self._put_off_units if not item[3]]
+            self._ready.extend(
+                item[2] for item in sorted(self._put_off_units) if item[3]
+            )
+            heapq.heapify(later)
+            self._put_off_units = later
+            self._changed.notify_all()
 
 
 RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
@@ -4124,9 +4162,7 @@ class Units:
                     continue
                 unit.link = None
                 if unit.state == "starting":
-                    unit.withdrawn = True
-                    unit.refusal = unit.refusal or "the fork server has gone"
-                    unit.answered.set()
+                    self.give_up(unit, "the fork server has gone")
 
     # What becomes of a unit.
 
@@ -4139,23 +4175,24 @@ class Units:
             self.changed.notify_all()
             unit.replied = unit.replied or written
             if unit.replied:
-                self._settle(unit)
+                self._queue(unit)
             elif not unit.replies_due:
                 log.warning("%s: the reply could not be written; withdrawn", unit)
                 self.withdraw(unit)
 
     def end(self, unit: Unit) -> None:
         """The worker has ended: report the outcome once central knows the pid."""
-        unit.state = "ended"
-        if unit.withdrawn:
-            self.remove(unit)
-        elif unit.replied:
-            self._settle(unit)
-        self._make_room(unit)
+        with self.changed:
+            unit.state, unit.took = "ended", unit.seconds()
+            self._make_room(unit)
+            if unit.withdrawn:
+                self.remove(unit)
+            elif unit.replied:
+                self._queue(unit)
 
-    def _settle(self, unit: Unit) -> None:
-        if unit.state == "ended" and not unit.settled:
-            unit.settled = True
+    def _queue(self, unit: Unit) -> None:
+        if unit.state == "ended" and not unit.withdrawn and not unit.queued:
+            unit.queued = True
             self.report(unit)
 
     def withdraw(self, unit: Unit) -> None:
@@ -4167,12 +4204,21 @@ class Units:
                 self.remove(unit)
             elif unit.pid is not None:
                 self.signal(unit, signal.SIGKILL)
+            else:
+                self.give_up(unit, "central has let go of it")
+
+    def give_up(self, unit: Unit, reason: str) -> None:
+        """Refuse a unit that is starting; its worker, should there be one after all, is
+        ended as soon as it is known."""
+        self.mark_withdrawn(unit)
+        unit.refusal = unit.refusal or reason
+        unit.answered.set()
 
     def mark_withdrawn(self, unit: Unit) -> None:
         """Never report it; nor is the next node to."""
         unit.withdrawn = True
         try:
-            append_to_record(unit.record, WITHDRAWN)
+            unit.marked = unit.marked or append_to_record(unit.record, WITHDRAWN)
         except OSError as error:
             log.warning("%s: can't mark its record: %s", unit, error)
 
@@ -4227,6 +4273,14 @@ class Watch:
                 elif unit.state == "running" and unit.withdrawn:
                     units.signal(unit, signal.SIGKILL)  # should the first be lost
 
+    def tidy(self) -> None:
+        """At a start: remove what was printed by units of which there is no record."""
+        names = set(os.listdir(self.config.units_path))
+        for name in names:
+            if name.endswith(".out") and name[: -len(".out")] not in names:
+                with contextlib.suppress(OSError):
+                    remove_file(f"{self.config.units_path}/{name}")
+
     def adopt(self, name: str, wanted: bool = False) -> None:
         """Take over the record *name*, which an earlier node or fork server left.
 
@@ -4269,9 +4323,9 @@ class Watch:
         unit.withdrawn = record.withdrawn or record.pid is None
         unit.answered.set()
         self.units.add(unit)
-        how = "still running" if locked else "settled"
+        how = "still running" if locked else "over"
         log.info("%s of an earlier process is %s", unit, how)
-        self._settle(unit, locked, record)
+        self._judge(unit, locked, record)
 
     def _move_aside(self, path: str, error: Exception) -> None:
         log.error("the record %s can't be used: %s; moved to %s.odd", path, error, path)
@@ -4279,17 +4333,20 @@ class Watch:
             os.replace(path, path + ".odd")
 
     def _look_after(self, unit: Unit) -> None:
+        record = Record()
+        record.pid = unit.pid
         try:
             locked = is_locked(unit.record)
-            record = parse_record(read_file(unit.record))
+            with contextlib.suppress(OddRecord):  # it has been spoilt since
+                record = parse_record(read_file(unit.record))
         except FileNotFoundError:
             self.units.forget(unit)
-        except (OSError, OddRecord) as error:
+        except OSError as error:
             log.warning("%s: its record can't be read: %s", unit, error)
         else:
-            self._settle(unit, locked, record)
+            self._judge(unit, locked, record)
 
-    def _settle(self, unit: Unit, locked: bool, record: Record) -> None:
+    def _judge(self, unit: Unit, locked: bool, record: Record) -> None:
         """Settle an orphan that has ended; keep its time while it has not."""
         unit.pid = record.pid
         # A child that a worker has forked may hold the lock of a dead one.
@@ -4316,7 +4373,7 @@ class Watch:
 
     def end_all(self, released: bool) -> None:
         """End every worker: TERM, and soon KILL.  Where central has not *released*
-        their units, the next node will report them."""
+        their units, they are reported as failed, by this node or the next."""
         units = self.units
         with units.changed:
             for unit in units.active if released else ():
@@ -4413,9 +4470,7 @@ class Intake:
             if unit.answered.is_set():
                 return
             reason = f"the fork server has not answered for {START_DEADLINE} s"
-            unit.refusal = reason
-            unit.withdrawn = True
-            unit.answered.set()
+            self.units.give_up(unit, reason)
         self.overload.begin("start", reason)
 
 
@@ -4431,43 +4486,47 @@ class Delivery:
         self.central = central
         self.tally = tally
 
-    def deliver(self, unit: Unit) -> None:
-        """Report *unit* and forget it.  Raises CentralError, or OSError where its
-        outcome can't be read or written down now: to be tried again."""
-        outcome = self._outcome(unit)
-        with self.units.changed:  # replies under way still name the pid
-            self.units.changed.wait_for(lambda: not unit.replies_due, START_DEADLINE)
+    def deliver(self, unit: Unit) -> bool:
+        """Report *unit* and forget it; False where there was no need to ask central.
+        Raises CentralError, or OSError where its outcome can't be read or written down
+        now: to be tried again."""
+        if unit.withdrawn:
+            return False
+        written = self._written_outcome(unit)
+        # With it in our hands no other unit gets this one's name, and its record.
+        with self.units.changed:
+            # Replies under way still name the pid, and may fail.
+            self.units.changed.wait_for(lambda: not unit.replies_due, REPLY_DEADLINE)
             if unit.withdrawn:
-                return
+                return False
+            outcome = written or self._death(unit)
         if not unit.told:
-            unit.told = True
             self._tell(unit, outcome)
-        try:
-            self.central.report(unit.name, unit.pid, outcome)
+            unit.told = True
+        if self.central.report(unit.name, unit.pid, outcome):
             self.tally.count("reported")
-        except CentralError as error:
-            if error.status != 404:
-                raise
+        else:
             log.warning("%s: central does not know it (any more); discarded", unit)
         with self.units.changed:
             unit.withdrawn = True  # even if its record can't be removed now
             self.units.remove(unit)
+        return True
 
-    def _outcome(self, unit: Unit) -> Outcome:
-        """What the worker has written down, or what can be said of its death."""
+    def _written_outcome(self, unit: Unit) -> Outcome | None:
         try:
-            record = parse_record(read_file(unit.record))
+            return parse_record(read_file(unit.record)).outcome
         except (FileNotFoundError, OddRecord) as error:
-            record = Record()
             log.warning("%s: its record can't be read: %s", unit, error)
-        return record.outcome or self._died(unit)
+            return None
 
-    def _died(self, unit: Unit) -> Outcome:
-        """Written down before it is told: should it have to be told again, by another
+    def _death(self, unit: Unit) -> Outcome:
+        """What can be said of a worker that has left no outcome.
+
+        Written down before it is told: should it have to be told again, by another
         node perhaps, it is told in the same words.  If that can't be done, it is put
         off, but not for ever."""
         kind = "timed_out" if unit.timed_out else "died"
-        seconds, words = f"{unit.seconds():.6f}", self._last_words(unit)
+        seconds, words = f"{unit.took:.6f}", self._last_words(unit)
         output = encoded_failure(self._cause(unit) + words)
         try:
             write_outcome(unit.record, outcome_line("failed", seconds, output))
@@ -5553,6 +5612,7 @@ class Lifetime:
         Reported first is what is on disk, for a minute at most."""
         node = self.node
         sweep_all(self.config.temp_storage_path)
+        node.watch.tidy()
         node.watch.look()
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while not self.is_upgrade and node.units.waiting():
@@ -5616,7 +5676,10 @@ class Lifetime:
         number: int | None = signal.SIGHUP
         while number == signal.SIGHUP:
             number = self.signals.next(0)
-        return number is None
+        if number is None:
+            return True
+        node.reporter.start(node.delivery.deliver)
+        return False
 
     def shut_down(self) -> None:
         """Refuse new work, wait drain_time for what runs, check out, end the rest."""

@@ -1224,6 +1224,39 @@ class CheckIn(CrowdTest):
                 urllib.parse.urlencode([("name", value), ("x", b"y")]),
             )
 
+    def reporter(self, url: str) -> Callable[[], bool]:
+        """Reports something to the central at *url*."""
+        config = crowdnode.load_config("", [("central_server", url)])
+        outcome = crowdnode.Outcome("succeeded", "0.1", b'{"output":1}')
+        return lambda: crowdnode.Central(config, 9063).report("1", 2, outcome)
+
+    def test_an_interim_answer_is_no_answer(self) -> None:
+        interim = (
+            b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"
+        )
+        with web_server(lambda handler: handler.wfile.write(interim)) as url:
+            self.assertTrue(self.reporter(url)())
+
+    def test_what_never_connected_was_not_received(self) -> None:
+        with socket.socket() as full, contextlib.ExitStack() as stack:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            for _ in range(3):  # nobody accepts, so the next to come must wait
+                other = stack.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(full.getsockname())
+            url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            hasty = unittest.mock.patch.object(crowdnode, "CONNECT_DEADLINE", 0.1)
+            with hasty, self.assertRaises(crowdnode.CentralError) as caught:
+                self.reporter(url)()
+            self.assertTrue(caught.exception.unreached, str(caught.exception))
+
+    def test_what_is_no_http_is_said(self) -> None:
+        for answer, said in ((b"", "closed the connection"), (b"SSH-2.0\r\n", "SSH")):
+            wrong = self.assertRaisesRegex(crowdnode.CentralError, said)
+            with web_server(lambda handler: handler.wfile.write(answer)) as url, wrong:
+                self.reporter(url)()
+
     def test_each_dialect_is_found_from_either_kind_of_central(self) -> None:
         for seed, paths in (
             (True, ["/node/node1.example"]),
@@ -1859,12 +1892,43 @@ class Wire(CrowdTest):
         self.assertEqual(len({report["time"] for report in central.reports(1)}), 1)
         node.settled()
 
+    def test_a_late_report_of_one_attempt_leaves_the_next_alone(self) -> None:
+        central = self.central()
+        constants = {"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.3}
+        node = self.node(central, constants=constants)
+        central.fail(500, "/work/")
+        node.take(unit(1))
+        wait_for(lambda: central.reports(1), "a report that is put off")
+        go = node.path("go")
+        pid = node.take(unit(1, "waiter", go, attempts=1))
+        node.take(unit(2))
+        wait_for(lambda: len(central.reports(2)) == 3, "later ones are tried again")
+        self.assertNotIn(b"failed", node.record(1))
+        self.assertEqual(node.said("unit 1 (echo, process): its record"), 0)
+        self.assertEqual(len(central.reports(1)), 1)
+        central.recover()
+        open(go, "w").close()
+        wait_for(lambda: len(central.reports(1)) == 2, "the second attempt's")
+        self.assertEqual(central.reports(1)[1]["output"], '{"output":"seen"}')
+        self.assertEqual(central.reports(1)[1]["pid"], str(pid))
+
+    def test_a_report_that_central_had_is_not_hurried_by_others(self) -> None:
+        central = self.central()
+        node = self.node(central, constants={"RETRY_WAIT": 0.1})
+        central.fail(500, "/work/1")
+        node.take(unit(1))
+        wait_for(lambda: central.reports(1), "a report that is put off")
+        for number in range(2, 12):
+            self.assertEqual(node.do(unit(f"other-{number}")), ("succeeded", "x"))
+        self.assertEqual(len(central.reports(1)), 1)
+
     def test_a_unit_that_central_does_not_know_is_discarded(self) -> None:
         central = self.central()
         node = self.node(central)
         central.fail(404, "/work/1")
         node.take(unit())
         wait_for(lambda: node.said("central does not know it"), "the log says so")
+        self.assertIsNone(node.status()["central"]["error"], "it has answered")
         node.settled()
         self.assertEqual(len(central.reports(1)), 1)
 
@@ -2674,6 +2738,37 @@ class Recovery(CrowdTest):
         outcome = central.outcome(2)
         self.assertEqual(outcome, ("failed", "the worker died while nobody watched it"))
 
+    def test_an_orphan_whose_record_is_spoilt_ends_all_the_same(self) -> None:
+        node = self.node()
+        pid = node.take(unit(1, "sleeper", "60"))
+        os.kill(node.fork_server, signal.SIGKILL)
+        wait_for(lambda: node.said("work is taken again") == 2, "another is there")
+        with open(node.path("state", "units", "1"), "ab") as file:
+            file.write(b"nonsense\n")
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual(node.central.outcome(1)[0], "failed")
+        node.settled()
+
+    def test_a_unit_that_is_withdrawn_while_it_starts_is_answered_and_forgotten(
+        self,
+    ) -> None:
+        config = crowdnode.load_config("", [("state_path", self.directory())])
+        os.mkdir(config.units_path)
+        reports: list[crowdnode.Unit] = []
+        crowdnode.set_up_log(os.devnull, "info")
+        overload, tally = crowdnode.Overload(), crowdnode.Tally()
+        units = crowdnode.Units(config, overload, tally, reports.append)
+        head = crowdnode.record_head(unit(1), "digest")
+        entry = crowdnode.Unit(head, config)
+        entry.replies_due = 1
+        units.add(entry)
+        units.withdraw(entry)
+        self.assertTrue(entry.answered.is_set(), "nobody waits for it")
+        self.assertIsNotNone(entry.refusal)
+        units.end(entry)
+        units.replied(entry, True)
+        self.assertEqual((units.by_name, reports), ({}, []))
+
     def test_a_child_that_holds_the_lock_of_a_dead_orphan_does_not_keep_it_alive(
         self,
     ) -> None:
@@ -2761,8 +2856,14 @@ class Recovery(CrowdTest):
         self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, False))
         cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"xwithdrawn\n')
         self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, True))
-        with self.assertRaises(crowdnode.OddRecord):
-            crowdnode.parse_record(head + b'succeeded 0.1 {"output":"x\n')
+        for odd in (
+            b'succeeded 0.1 {"output":"x\n',
+            b'failed x {"output":"x"}\n',
+            b"failed 0.1 {}\n",
+            b"nonsense\n",
+        ):
+            with self.assertRaises(crowdnode.OddRecord):
+                crowdnode.parse_record(head + odd)
 
     def test_the_fork_server_outlives_the_node_until_its_last_worker_has_ended(
         self,
@@ -2795,6 +2896,8 @@ class Recovery(CrowdTest):
             ("10", head + b"pid 999999\n"),
             ("11", b"crowdnode-unit 1 {}\n"),
             ("8", head.replace(b"4", b"8") + b"pid 999999\nwithdrawn\n"),
+            ("13", head.replace(b"process", b"dream")),
+            ("14.out", b"of a unit that is not there"),
         ):
             with open(os.path.join(units, name), "wb") as file:
                 file.write(data)
@@ -2805,7 +2908,7 @@ class Recovery(CrowdTest):
         wait_for(lambda: not os.path.exists(os.path.join(units, "4")), "it is settled")
         self.assertEqual(
             sorted(node.units()),
-            ["10.odd", "11.odd", "12", "5", "6.odd", "7.odd", "9.odd"],
+            ["10.odd", "11.odd", "12", "13.odd", "5", "6.odd", "7.odd", "9.odd"],
         )
         for name in ("5", "12"):  # another version's, and said once
             self.assertEqual(node.said(f"units/{name} is left alone: it is of"), 1)
@@ -3407,17 +3510,29 @@ class Upgrade(CrowdTest):
         self.assertEqual(node.status()["pid"], pid)
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
 
-    def test_a_stop_in_the_middle_of_an_upgrade_is_obeyed(self) -> None:
-        node = self.installed()
-        pid = node.status()["pid"]
+    def test_a_stop_in_the_middle_of_an_upgrade_is_a_stop_like_any_other(self) -> None:
+        node = self.installed(drain_time=30)
+        pid, go = node.status()["pid"], node.path("go")
+        node.take(unit(1, "waiter", go))
         self.install(node, "1.0.1")
-        with socket.create_connection(("127.0.0.1", node.port)) as connection:
-            connection.sendall(b"GET")  # a request that the upgrade waits for
+        address = ("127.0.0.1", node.port)
+        with socket.create_connection(address) as half, contextlib.ExitStack() as stack:
+            half.sendall(b"GET")  # a request that the upgrade waits for
             node.status()  # came later, so that one is accepted too
             os.kill(pid, signal.SIGHUP)
             wait_for(lambda: node.said("going on as what it is now"), "an upgrade")
+
+            def waits() -> bool:
+                late = stack.enter_context(socket.create_connection(address))
+                late.sendall(b"GET /heartbeat HTTP/1.1\r\n\r\n")
+                return not select.select([late], [], [], 0.3)[0]
+
+            wait_for(waits, "a request that has to wait")
             os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: not alive(pid), "a stop")
+        wait_for(lambda: node.said("stopping; 1 units are running"), "a stop")
+        open(go, "w").close()
+        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+        wait_for(lambda: not alive(pid), "an end")
         self.assertEqual(node.central.calls[-1][0], "DELETE")
         self.assertEqual(node.said("crowdnode 1.0.1, 127.0.0.1 port"), 0)
 
