@@ -4144,7 +4144,6 @@ class Units:
             return
         self.tally.count("accepted")
         unit.answered.set()
-        log.info("%s started as worker %d", unit, pid)
 
     def refuse(self, unit: Unit, reason: str) -> None:
         """No worker could be forked; "exists": there is a record of that name."""
@@ -4417,6 +4416,8 @@ class Intake:
             if not unit.answered.wait(max(0.0, deadline - time.monotonic())):
                 self._give_up(unit)
             if unit.refusal is None:
+                if is_new:
+                    log.info("%s started as worker %d", unit, unit.pid)
                 return unit
             if unit.refusal != "exists":
                 raise NodeOverloaded(unit.refusal)
