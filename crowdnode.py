@@ -855,21 +855,21 @@ def complete_config(config: Config, places: dict[str, str]) -> Config:
     places: where the keys stand that were given."""
     base = os.path.dirname(config.file or PROGRAM)
 
-    def absolute(path: str) -> str:
+    def absolute(key: str, default: str = "") -> str:
+        path: str = getattr(config, key) or default
         expanded = os.path.expanduser(path)
         if expanded.startswith("~"):
-            raise UsageError(f"{path}: there is no such home directory; set state_path")
+            where = places.get(key, key)
+            raise UsageError(f"{where} = {path}: there is no such home directory")
         return os.path.normpath(os.path.join(base, expanded))
 
-    config.state_path = absolute(config.state_path)
+    config.state_path = absolute("state_path")
     config.units_path = config.state_file("units")
-    config.temp_storage_path = absolute(
-        config.temp_storage_path or config.state_file("work")
-    )
+    config.temp_storage_path = absolute("temp_storage_path", config.state_file("work"))
     config.local_storage_path = absolute(
-        config.local_storage_path or config.state_file("storage")
+        "local_storage_path", config.state_file("storage")
     )
-    config.actions_path = absolute(config.actions_path)
+    config.actions_path = absolute("actions_path")
     config.host = config.host or socket.gethostname()
     config.allow = config.allow or []
     config.disabled_actions = config.disabled_actions or []

@@ -843,1238 +843,133 @@ class SharedNode(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# First run
+# Configuration
 # ---------------------------------------------------------------------------
 
 
-class FirstRun(CrowdTest):
-    def test_word_count_in_an_empty_environment_says_what_wc_says(self) -> None:
-        home = self.directory()
-        done = self.job("--run", "word_count", "README.md", "LICENSE", home=home)
-        with open(os.path.join(HERE, "README.md"), "rb") as readme:
-            words = len(readme.read().split())
-        with open(os.path.join(HERE, "LICENSE"), "rb") as text:
-            words += len(text.read().split())
-        self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [words]))
-        self.assertEqual(os.listdir(home), [], "files are left")
+WRONG_FILES = [
+    (
+        "[node]\nport = 99999",
+        "[node] port = 99999: must be a whole number from 0 to",
+    ),
+    ("[node]\nport = http", "[node] port = http: must be a whole number"),
+    ("[node]\nprot = 1", "[node] prot: unknown key: did you mean port?"),
+    ("[node]\nzzz = 1", "[node] zzz: unknown key: known are central_server"),
+    ("[nod]\nport = 1", "[nod]: unknown section: did you mean node?"),
+    ("[action ../x]\n", "[action ../x]: unknown section"),
+    ("port = 1", "is no INI file"),
+    ("[node]\nport", "is no INI file"),
+    (
+        "[node]\nport = 1\nport = 2",
+        "[node] port: stands there twice; remove one",
+    ),
+    ("[node]\n[node]", "[node] stands there twice"),
+    (
+        "[node]\nmax_load = -1",
+        "[node] max_load = -1: must be a number from 0.01",
+    ),
+    ("[node]\nmax_load = nan", "[node] max_load = nan: must be a number"),
+    ("[node]\nmax_workers = many", "[node] max_workers = many: must be"),
+    ("[node]\nhttp_authentication = si", "= si: must be yes or no"),
+    ("[node]\nhttp_authentication = yes", "needs login and password too"),
+    ("[node]\nlogin = a:b", "login = a:b: must not hold a colon"),
+    ("[node]\ndialect = new", "dialect = new: must be auto or seed or 0.5"),
+    ("[node]\nallow = 10.1.2.3/8", "allow = 10.1.2.3/8: must be addresses or"),
+    ("[node]\nbind = example.org", "bind = example.org: must be an IP address"),
+    ("[node]\nhost = a/b", "host = a/b: must be a host name"),
+    ("[node]\ncentral_server = central:9173", "must be a URL such as http://"),
+    ("[node]\ncentral_server = http://a:b@c", "must not hold a password"),
+    (
+        "[node]\nstorage = cloudfiles",
+        "storage = cloudfiles: must be filesystem",
+    ),
+    ("[node]\nlog_level = loud", "log_level = loud: must be debug or info"),
+    ("[node]\ntime_limit = 0", "time_limit = 0: must be a number from 0.1"),
+    ("[node]\nnice = 20", "nice = 20: must be a whole number from 0 to 19"),
+    ("[action x]\nstages = map", "[action x] stages = map: must be process"),
+    ("[action x]\nport = 1", "[action x] port: unknown key: known are stages"),
+    ("[node]\ntag = a\n  b", "[node] tag: must be a single line"),
+    ("\ufeff[node]\nmax_workers = \u0663", "[node] max_workers = \u0663: must"),
+    ("[node]\ncentral_server = http://[x", "must be a URL such as http://"),
+    ("[node]\ns3_bucket = a/b", "s3_bucket = a/b: must be 3 to 63 letters"),
+    ("[node]\naws_access_key = a b", "aws_access_key = a b: must be without blanks"),
+    ("[node]\nstate_path = ~nobody-at-all/x", "there is no such home directory"),
+]
 
-    def test_outputs_come_in_the_order_of_500_inputs_with_a_bar_on_a_terminal(
-        self,
-    ) -> None:
-        options = self.with_actions(echo=ECHO)
-        path = os.path.join(self.directory(), "outputs")
-        strings = [f"string {number}" for number in range(500)]
-        job = [*options, "--output", path, "--strings", "--run", "echo", *strings]
-        shown = self.on_terminal(sys.executable, PROGRAM, *job)
-        with open(path) as file:
-            self.assertEqual(json.load(file), strings)
-        self.assertRegex(
-            shown,
-            r"\r.*\[#+ *\] \d+ of 500 done, 0 failed, \d+ running, [\d.]+/s, .* left",
-        )
-        self.assertIn("500 of 500 done, 0 failed", shown)
 
-    def test_a_failing_input_is_named_after_three_attempts_and_the_rest_is_done(
-        self,
-    ) -> None:
-        options = self.with_actions(
-            odd=BROKEN.replace(
-                'raise ValueError("it broke")',
-                "print('attempt', self.options['attempts'])\n"
-                "        if self.input == 'bad': raise ValueError('it broke')\n"
-                "        return self.input",
-            )
-        )
-        done = self.job(*options, "--strings", "--run", "odd", "good", "bad", "fine")
-        self.assertEqual(done.returncode, 1)
-        self.assertEqual(json.loads(done.stdout), ["good", None, "fine"])
-        self.assertIn("bad: ValueError: it broke (odd.py, line", done.stderr)
-        self.assertIn("Traceback", done.stderr)
-        for attempt in range(3):
-            self.assertIn(f"output: attempt {attempt}", done.stderr)
-        self.assertNotIn("output: attempt 3", done.stderr)
-
-    def test_work_unit_retries_says_how_often_a_unit_is_tried(self) -> None:
-        options = self.with_actions(
-            broken=BROKEN.replace("raise", "print('once'); raise")
-        )
-        options += ["--set", "work_unit_retries=1"]
-        done = self.job(*options, "--strings", "--run", "broken", "x")
-        self.assertEqual((done.returncode, done.stderr.count("output: once")), (1, 1))
-
-    def test_a_job_goes_through_split_process_and_merge(self) -> None:
-        options = self.with_actions(pieces=PIECES)
-        inputs = ["a bb ccc", "dddd eeeee"]
-        done = self.job(*options, "--strings", "--run", "pieces", *inputs)
-        self.assertEqual(json.loads(done.stdout), [[1, 2, 3, 4, 5]], done.stderr)
-
-    def test_options_reach_the_action_and_inputs_come_from_standard_input(self) -> None:
-        options = self.with_actions(
-            echo=ECHO.replace("self.input", "[self.input, self.options['k']]")
-        )
-        done = self.job(
-            *options, "--options", '{"k": "é"}', "--quiet", "--strings",
-            "--run", "echo", "-", input="one\ntwo words\n",
-        )  # fmt: skip
-        self.assertEqual(json.loads(done.stdout), [["one", "é"], ["two words", "é"]])
-        self.assertEqual(done.stderr, "")
-
-    def test_file_names_of_all_kinds_are_inputs(self) -> None:
+class Configuration(CrowdTest):
+    def test_a_wrong_file_is_named_with_section_key_value_and_remedy(self) -> None:
         directory = self.directory()
-        names = ["a b.txt", "naïve.txt", "100%25.txt", "q?x=1.txt", "#.txt"]
-        for name in names:
-            with open(os.path.join(directory, name), "w") as file:
-                file.write("two words")
-        done = self.job("--run", "word_count", *names, cwd=directory)
-        self.assertEqual(json.loads(done.stdout), [2 * len(names)], done.stderr)
-
-    def test_options_and_inputs_may_stand_in_any_order(self) -> None:
-        options = self.with_actions(echo=ECHO)
-        for arguments, wanted in (
-            (["--run", "echo", "--strings", "x", "--quiet", "y"], ["x", "y"]),
-            (["--strings", "a", "--run", "echo", "-", "b"], ["a", "line", "b"]),
-            (["--strings", "--run", "echo", "--", "-x"], ["-x"]),
-        ):
-            with self.subTest(arguments):
-                done = self.job(*options, *arguments, input="line\n")
-                self.assertEqual(done.returncode, 0, done.stderr)
-                self.assertEqual(json.loads(done.stdout), wanted)
-
-    def test_text_that_is_no_unicode_fails_its_input_and_nothing_else(self) -> None:
-        options = self.with_actions(echo=ECHO)
-        options += ["--strings", "--run", "echo", b"caf\xff", "good"]  # type: ignore
-        done = self.job(*options)
-        self.assertEqual(done.returncode, 1)
-        self.assertEqual(json.loads(done.stdout), [None, "good"])
-        self.assertIn("the output is not JSON: ", done.stderr)
-
-    def test_an_input_over_max_request_size_fails_and_says_so(self) -> None:
-        options = self.with_actions(echo=ECHO)
-        options += ["--set", "max_request_size=1", "--strings", "--run", "echo", "-"]
-        done = self.job(*options, input="x" * 1100000 + "\ngood\n")
-        self.assertEqual((done.returncode, done.stdout), (1, '[null, "good"]\n'))
-        self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
-
-    def test_a_home_that_cannot_be_written_is_no_obstacle(self) -> None:
-        done = self.job(
-            "--set", "local_storage_path=/dev/null/x", "--run", "word_count", "LICENSE"
-        )
-        self.assertEqual(done.returncode, 0, done.stderr)
-
-    def test_output_that_cannot_be_written_is_said_without_a_traceback(self) -> None:
-        run = f"exec {sys.executable} {PROGRAM}"
-        full = "No space left on device"
-        for command, said in (
-            (f"{run} --check | true", ""),
-            *((f"{run} --version >/dev/full", ""),) * os.path.exists("/dev/full"),
-            *((f"{run} --strings --run word_count x >/dev/full", full),)
-            * os.path.exists("/dev/full"),
-        ):
-            with self.subTest(command):
-                done = subprocess.run(
-                    ["sh", "-c", command],
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=environment(HOME=self.directory()),
-                )
-                self.assertNotIn("Traceback", done.stderr)
-                self.assertIn(said, done.stderr)
-
-    def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
-        stubborn = SLEEPER.replace(
-            "time.sleep(",
-            "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "        time.sleep(",
-        )
-        options = self.with_actions(sleeper=SLEEPER, stubborn=stubborn)
-        for action in ("sleeper", "stubborn"):
-            with self.subTest(action), self.started_job(
-                *options, "--strings", "--run", action, "60"
-            ) as (process, directory):
-                began = time.monotonic()
-                for _ in range(3):  # people press it more than once
-                    process.send_signal(signal.SIGINT)
-                self.assertEqual(process.wait(DEADLINE), 130)
-                self.assertLess(time.monotonic() - began, 2)
-                self.assertEqual(our_processes(), [])
-                self.assertEqual(os.listdir(directory), [])
-
-    def test_a_node_that_dies_in_the_middle_is_started_again(self) -> None:
-        options = self.with_actions(sleeper=SLEEPER)
-        job = [*options, "--strings", "--run", "sleeper", *["0.3"] * 8]
-        with self.started_job(*job) as (process, _):
-            nodes = [line for line in our_processes() if "--attended" in line]
-            os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
-            output, errors = process.communicate(timeout=DEADLINE)
-        self.assertEqual(json.loads(output), ["slept"] * 8, errors.decode())
-
-    def test_a_node_whose_run_was_killed_ends_too(self) -> None:
-        options = self.with_actions(sleeper=SLEEPER)
-        job = [*options, "--strings", "--run", "sleeper", "60"]
-        with self.started_job(*job) as (process, _):
-            process.kill()
-        wait_for(lambda: not our_processes(), "nothing is left")
-
-    def test_outputs_go_to_a_file_which_keeps_its_mode_and_its_links(self) -> None:
-        directory = self.directory()
-        path, link = os.path.join(directory, "result"), os.path.join(directory, "link")
-        for place, input, wanted in ((path, "a b", 2), (link, "a b c", 3)):
-            job = ["--output", place, "--strings", "--run", "word_count", input]
-            done = self.job(*job)
-            self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
-            with open(path) as file:
-                self.assertEqual(json.load(file), [wanted])
-            if place == path:
-                os.chmod(path, 0o600)
-                os.symlink(path, link)
-        self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), 0o600)
-
-    def test_an_output_that_is_no_file_is_refused_before_the_work(self) -> None:
-        directory = self.directory()
-        for place, message in (
-            (directory, "is a directory"),
-            (f"{directory}/no/such", "there is no directory"),
-            ("", "FILE is empty"),
-        ):
-            done = self.job("--output", place, "--run", "word_count", "LICENSE")
-            self.assertEqual(done.returncode, 2)
-            self.assertIn(message, done.stderr)
-
-    def test_an_output_may_be_a_device_and_a_full_one_loses_nothing(self) -> None:
-        job = ["--run", "word_count", "LICENSE", "--output"]
-        done = self.job(*job, "/dev/stdout")
-        self.assertEqual((done.returncode, len(json.loads(done.stdout))), (0, 1))
-        if os.path.exists("/dev/full"):
-            done = self.job(*job, "/dev/full")
-            self.assertEqual((done.returncode, len(json.loads(done.stdout))), (1, 1))
-            self.assertIn("No space left on device; so the outputs are", done.stderr)
-
-    def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
-        options = self.with_actions(broken=BROKEN)
-        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
-        many = ["--strings", "--run", "broken", *map(str, range(200))]
-        done = self.job("--fail-fast", *options, *many)
-        self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertIn("0: ValueError: it broke", done.stderr)
-        self.assertNotIn("\n199: ", done.stderr)
-        done = self.job("--keep-going", *options, *many[:5])
-        self.assertEqual((done.returncode, done.stdout), (1, "[null, null]\n"))
-
-    def test_stubs_are_the_classes_that_central_needs(self) -> None:
-        both = BROKEN + "    def split(self): return []\n"
-        options = self.with_actions(my_pdfs=both)
-        place = os.path.join(self.directory(), "actions")
-        for _ in range(2):  # again over its own is fine
-            done = self.job(*options, "--stubs", place)
-            self.assertEqual(done.returncode, 0, done.stderr)
-        with open(os.path.join(place, "my_pdfs.rb")) as file:
-            text = file.read()
-        self.assertIn("class MyPdfs < CloudCrowd::Action\n  def split\n  end\n", text)
-        self.assertIn("  def process\n  end\n", text)
-        self.assertNotIn("merge", text)
-        self.assertIn(os.path.join(place, "word_count.rb"), done.stdout.split())
-        with open(os.path.join(place, "word_count.rb"), "w") as file:
-            file.write("class WordCount\nend\n")
-        done = self.job(*options, "--stubs", place)
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("word_count.rb: is not of --stubs; left alone", done.stderr)
-        done = self.job("--stubs", "")
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("--stubs: DIR is empty", done.stderr)
-
-    def test_graphics_magick_does_steps_and_no_shell_sees_options(self) -> None:
-        path = self.programs(gm='printf \'%s\\n\' "$@" > "$last"')
-        steps = [
-            {"name": "a", "command": "convert", "extension": "gif",
-             "options": "-size '10 x' ; $(id)"},
-            {"name": "b", "command": "convert", "extension": "png", "input": "a"},
-        ]  # fmt: skip
-        store = f"local_storage_path={self.directory()}"
-        job = ["--set", store, "--run", "graphics_magick", "LICENSE", "--options"]
-        done = self.job(*job, json.dumps({"steps": steps}), path=path)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        ((urls),) = json.loads(done.stdout)
-        words = (
-            crowdnode.read_file(crowdnode.local_path(urls["a"])).decode().split("\n")
-        )
-        self.assertEqual(words[:5], ["convert", "-size", "10 x", ";", "$(id)"])
-        self.assertEqual(os.path.basename(words[5]), "LICENSE")
-        words = (
-            crowdnode.read_file(crowdnode.local_path(urls["b"])).decode().split("\n")
-        )
-        self.assertEqual(list(map(os.path.basename, words[1:3])),
-                         ["LICENSE_a.gif", "LICENSE_b.png"])  # fmt: skip
-        for odd, message in (
-            ({"input": "c"}, "its input c is no earlier step"),
-            ({"input": ["c"]}, "its input ['c'] is no earlier step"),
-            ({"extension": "../x"}, "of letters, digits, _ and -"),
-            ({"options": "'"}, "No closing quotation"),
-        ):
-            options = {"steps": [{**steps[0], **odd}]}
-            done = self.job(*job, json.dumps(options), path=path)
-            self.assertEqual(done.returncode, 1)
-            self.assertIn(message, done.stderr)
-        done = self.job(*job, "{}", path=self.directory() + ":")
-        if not crowdnode.program_path("gm"):
-            self.assertIn("no such action", done.stderr)
-
-    def test_process_pdfs_splits_into_batches_and_merges_to_one_archive(self) -> None:
-        path = self.programs(
-            pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
-            'done;; *) cp "$1" "$last";; esac',
-            gm='shift; cp "$1" "$last"',
-            pdftotext='while [ "$2" != "$last" ]; do shift; done; cp "$1" "$last"',
-            gs="true",
-        )
-        images = [{"name": "small", "extension": "gif"}]
-        done = self.job(
-            "--set", f"local_storage_path={self.directory()}", "--run", "process_pdfs",
-            "LICENSE", "--options", json.dumps({"batch_size": 2, "images": images}),
-            path=path,
-        )  # fmt: skip
-        self.assertEqual(done.returncode, 0, done.stderr)
-        (url,) = json.loads(done.stdout)
-        with tarfile.open(crowdnode.local_path(url)) as archive:
-            files = [item.name for item in archive if item.isfile()]
-            full = archive.extractfile("LICENSE/text/full/LICENSE.txt")
-            assert full
-            self.assertEqual(full.read(), b"page 1\npage 2\npage 3\n")
-        pages = [f"LICENSE/text/pages/LICENSE_0000{n}.txt" for n in (1, 2, 3)]
-        small = [f"LICENSE/images/small/LICENSE_0000{n}.gif" for n in (1, 2, 3)]
-        wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
-        self.assertEqual(sorted(files), wanted)
-        alike = os.path.join(self.directory(), "LICENSE")
-        shutil.copyfile(os.path.join(HERE, "LICENSE"), alike)
-        store = ["--set", f"local_storage_path={self.directory()}"]
-        done = self.job(*store, "--run", "process_pdfs", "LICENSE", alike, path=path)
-        self.assertEqual((done.returncode, done.stdout), (1, "[]\n"))
-        self.assertIn("two inputs are named alike: LICENSE_00001.txt", done.stderr)
-        odd = json.dumps({"images": [{"name": "10000", "extension": "gif"}]})
-        job = [*store, "--run", "process_pdfs", "LICENSE", "--options", odd]
-        done = self.job(*job, path=path)
-        self.assertIn("the image name 10000 is like a page's", done.stderr)
-
-    def test_the_examples_of_the_readme_work(self) -> None:
-        directory = self.directory()
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", file.read())
-        examples = []
-        for block in blocks:
-            match = re.search(r"# actions/((\w+)\.\w+)", block)
-            if match:
-                lines = [line[4:] for line in block.strip("\n").splitlines()]
-                path = os.path.join(directory, match.group(1))
+        path = os.path.join(directory, "wrong.conf")
+        for text, said in WRONG_FILES:
+            with self.subTest(text):
                 with open(path, "w") as file:
-                    file.write("\n".join(lines).partition("python3 crowdnode.py")[0])
-                os.chmod(path, 0o755)
-                examples.append(match.group(2))
-        self.assertEqual(examples, ["longest_line", "lines"])
-        with open(os.path.join(HERE, "LICENSE")) as file:
-            text = file.read().splitlines(keepends=True)
-        wanted = [max(map(len, text)), len(text)]
-        for name, value in zip(examples, wanted):
-            done = self.job(
-                "--set", f"actions_path={directory}", "--run", name, "LICENSE"
-            )
-            self.assertEqual((done.returncode, done.stdout), (0, f"[{value}]\n"), done)
-
-    def test_what_is_wrong_with_the_command_line_is_said_with_status_2(self) -> None:
-        for arguments, message in (
-            (["--run", "word_cuont", "README.md"], "did you mean word_count?"),
-            (["--run", "word_count"], "needs at least one INPUT"),
-            (["--run", "word_count", ""], "an INPUT is empty"),
-            (["README.md"], "unrecognized arguments: README.md"),
-            (["--options", "{}"], "--options goes with --run"),
-            (["--fail-fast"], "--fail-fast goes with --run"),
-            (
-                ["--fail-fast", "--keep-going", "--run", "word_count", "LICENSE"],
-                "--fail-fast is the opposite",
-            ),
-            (
-                ["--run", "word_count", "nosuch.txt"],
-                "nosuch.txt: is no file and no URL",
-            ),
-            (["--run", "word_count", "/"], "/: is a directory"),
-            (
-                ["--options", "[1]", "--run", "word_count", "LICENSE"],
-                "must be a JSON obj",
-            ),
-            (
-                ["--options", "{", "--run", "word_count", "LICENSE"],
-                "--options {: is not",
-            ),
-        ):
-            with self.subTest(arguments):
-                done = self.job(*arguments)
+                    file.write(text)
+                done = run_program("--config", path, "--check")
                 self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertIn(message, done.stderr)
-                self.assertNotIn("Traceback", done.stderr)
+                self.assertTrue(done.stderr.startswith(f"crowdnode: {path}: "), done)
+                self.assertIn(said, done.stderr)
+                self.assertEqual(len(done.stderr.splitlines()), 1)
+
+    def test_the_sample_file_has_every_key_at_its_default(self) -> None:
+        sample = os.path.join(HERE, "crowdnode.conf")
+        with open(sample, encoding="utf-8") as file:
+            text = file.read()
+        found = dict(
+            re.findall(r"(?m)^#([a-z0-9_]+) = ?(.*)$", text.partition("[action ")[0])
+        )
+        defaults = {key: default for key, (default, _) in crowdnode.NODE_KEYS.items()}
+        self.assertEqual(list(found.items()), list(defaults.items()))
+        self.assertLess(set(defaults), set(crowdnode.Config.__annotations__))
+        self.assertEqual(set(crowdnode.STORAGES), set(crowdnode.STORES))
+        in_actions = re.findall(r"(?m)^#([a-z_]+) = ", text.partition("[action ")[2])
+        self.assertEqual(set(in_actions), set(crowdnode.ACTION_KEYS))
+        config = crowdnode.load_config(sample, [])
+        self.assertEqual(config.port, crowdnode.DEFAULT_PORT)
+        uncommented = os.path.join(self.directory(), "crowdnode.conf")
+        with open(uncommented, "w", encoding="utf-8") as file:
+            node = text.partition("#[action ")[0]
+            file.write(re.sub(r"(?m)^#([a-z0-9_]+ =)", r"\1", node))
+        again = crowdnode.load_config(uncommented, [])
+        for key in crowdnode.NODE_KEYS:
+            if not key.endswith("_path"):
+                self.assertEqual(getattr(again, key), getattr(config, key), key)
+
+    def test_what_is_written_is_read_again(self) -> None:
+        path = os.path.join(self.directory(), "crowdnode.conf")
+        with open(path, "w") as file:
+            file.write("[action x]\nstages = process merge\ntime_limit = 1.5\n")
+        settings = [
+            ("max_load", "2.5"),
+            ("allow", "10.0.0.0/8 ::1"),
+            ("tag", "a # b; %c"),
+        ]
+        os.mkdir(os.path.join(os.path.dirname(path), "actions"))
+        config = crowdnode.load_config(path, settings)
+        crowdnode.write_config(config, path)
+        config.settings = []  # they stand in the file now
+        again = crowdnode.load_config(path, [])
+        self.assertEqual(vars(again), vars(config))
+
+    def test_relative_paths_start_at_the_configuration_file(self) -> None:
+        path = os.path.join(self.directory(), "crowdnode.conf")
+        with open(path, "w") as file:
+            file.write("[node]\nstate_path = s\nactions_path = a\n")
+        config = crowdnode.load_config(path, [])
+        base = os.path.dirname(path)
+        self.assertEqual(config.state_path, os.path.join(base, "s"))
+        self.assertEqual(config.actions_path, os.path.join(base, "a"))
+        self.assertEqual(config.temp_storage_path, os.path.join(base, "s", "work"))
+        done = run_program("--check", cwd=base)
+        self.assertIn(f"ok: configuration: {path}", done.stdout)
 
 
 # ---------------------------------------------------------------------------
-# Check-in and check-out
+# Vitals
 # ---------------------------------------------------------------------------
 
 
-class CheckIn(CrowdTest):
-    def test_forms_are_encoded_as_the_standard_library_does(self) -> None:
-        for value in (b"", b"a b+c&d=e%20", bytes(range(256)), "\u20ac\n".encode()):
-            self.assertEqual(
-                crowdnode.form_encoded([("name", value), ("x", b"y")]).decode(),
-                urllib.parse.urlencode([("name", value), ("x", b"y")]),
-            )
-
-    def reporter(self, url: str) -> Callable[[], bool]:
-        """Reports something to the central at *url*."""
-        config = crowdnode.load_config("", [("central_server", url)])
-        outcome = crowdnode.Outcome("succeeded", "0.1", b'{"output":1}')
-        return lambda: crowdnode.Central(config, 9063).report("1", 2, outcome)
-
-    def test_an_interim_answer_is_no_answer(self) -> None:
-        interim = (
-            b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"
-        )
-        with web_server(lambda handler: handler.wfile.write(interim)) as url:
-            self.assertTrue(self.reporter(url)())
-
-    def test_what_never_connected_was_not_received(self) -> None:
-        with socket.socket() as full, contextlib.ExitStack() as stack:
-            full.bind(("127.0.0.1", 0))
-            full.listen(0)
-            for _ in range(3):  # nobody accepts, so the next to come must wait
-                other = stack.enter_context(socket.socket())
-                other.setblocking(False)
-                other.connect_ex(full.getsockname())
-            url = f"http://127.0.0.1:{full.getsockname()[1]}"
-            hasty = unittest.mock.patch.object(crowdnode, "CONNECT_DEADLINE", 0.1)
-            with hasty, self.assertRaises(crowdnode.CentralError) as caught:
-                self.reporter(url)()
-            self.assertTrue(caught.exception.unreached, str(caught.exception))
-
-    def test_what_is_no_http_is_said(self) -> None:
-        for answer, said in ((b"", "closed the connection"), (b"SSH-2.0\r\n", "SSH")):
-            wrong = self.assertRaisesRegex(crowdnode.CentralError, said)
-            with web_server(lambda handler: handler.wfile.write(answer)) as url, wrong:
-                self.reporter(url)()
-
-    def test_each_dialect_is_found_from_either_kind_of_central(self) -> None:
-        for seed, paths in (
-            (True, ["/node/node1.example"]),
-            (False, ["/node/node1.example", "/node/node1.example:{port}"]),
-        ):
-            with self.subTest(seed=seed):
-                central = self.central(seed=seed)
-                node = self.node(
-                    central, dialect="auto", host="node1.example", tag="red"
-                )
-                port = node.port
-                calls = [path for method, path, _ in central.calls if method == "PUT"]
-                self.assertEqual(calls, [path.format(port=port) for path in paths])
-                names = "broken,echo,pieces,sleeper,waiter,word_count"
-                wanted = {
-                    "busy": "false",
-                    "max_workers": "50",
-                    "enabled_actions": names,
-                }
-                wanted.update({"port": str(port)} if seed else {"tag": "red"})
-                self.assertEqual(central.check_ins()[-1], wanted)
-                self.assertEqual(
-                    node.status()["central"]["dialect"], "seed" if seed else "0.5"
-                )
-                node.stop()
-                self.assertEqual(central.calls[-1][:2], ("DELETE", calls[-1]))
-
-    def test_a_pinned_dialect_is_the_only_one_that_is_spoken(self) -> None:
-        for dialect, other in (("seed", False), ("0.5", True)):
-            with self.subTest(dialect):
-                central = self.central(seed=other)
-                node = self.prepared(central, dialect=dialect).start(wait=False)
-                wait_for(node.ended, "the start fails")
-                self.assertEqual(len(central.check_ins()), 1)
-
-    def test_a_limit_or_tag_that_there_is_not_is_left_out(self) -> None:
-        central = self.central()
-        self.node(central, max_workers=0)
-        self.assertEqual(set(central.check_ins()[0]), {"busy", "enabled_actions"})
-
-    def test_a_first_check_in_that_fails_ends_the_start(self) -> None:
-        central = self.central()
-        central.stop()
-        node = self.prepared(central)
-        done = node.run()
-        central.start()
-        self.assertEqual(done.returncode, 1)
-        self.assertIn(
-            f"crowdnode: Failed to connect to the central server ({central.url}). ",
-            done.stderr,
-        )
-        self.assertIn("Connection refused", done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-
-    def test_a_wrong_password_is_said_as_such_with_the_keys_names(self) -> None:
-        central = self.central(login="ali ce:s3cr:et")
-        wrong = {"http_authentication": "yes", "login": "ali ce", "password": "guess"}
-        done = self.prepared(central, **wrong).run()
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("401", done.stderr)
-        self.assertIn("check login and password in", done.stderr)
-        done = self.prepared(central).run()
-        self.assertIn("check http_authentication, login and password in", done.stderr)
-        self.assertNotIn("guess", done.stderr)
-
-    def test_later_failures_never_end_the_node_and_are_tried_again_soon(self) -> None:
-        central = self.central()
-        constants = {"CHECK_IN_INTERVAL": 0.2, "RETRY_WAIT": 0.1}
-        node = self.node(central, constants=constants)
-        central.stop()
-        wait_for(lambda: node.said("Failed to connect to the central") >= 3, "failures")
-        self.assertFalse(node.ended())
-        count = len(central.check_ins())
-        central.start()
-        wait_for(lambda: len(central.check_ins()) > count, "a check-in")
-
-    def test_a_start_that_waits_for_central_can_be_stopped(self) -> None:
-        central = self.central()
-        over = threading.Event()
-        self.addCleanup(over.set)
-        central.answer = lambda method, path, _: 204 if over.wait(DEADLINE) else None
-        node = self.prepared(central).start(wait=False)
-        wait_for(central.check_ins, "it waits for an answer")
-        os.kill(node.pid, signal.SIGINT)
-        self.assertEqual(node.wait(), 1)
-        self.assertFalse(over.is_set())
-        said = "crowdnode: stopped by SIGINT while starting"
-        self.assertEqual(node.said(said), 1)
-        self.assertNotIn("Traceback", node.log())
-        over.set()
-        central.recover()
-        del central.calls[:]
-        node.start()
-        methods = [method for method, _, _ in central.calls]
-        self.assertEqual(methods, ["DELETE", "PUT"], "central may have taken it")
-
-    def test_central_may_hand_out_work_before_it_answers_a_check_in(self) -> None:
-        central = self.central()
-        node = self.prepared(central)
-        pids: list[int] = []
-
-        def answer(method: str, path: str, fields: Fields) -> int | None:
-            if path.startswith("/node/") and not pids and method == "PUT":
-                pids.append(node.take(unit(7)))
-            return None
-
-        central.answer = answer
-        node.start()
-        self.assertEqual(central.outcome(7), ("succeeded", "x"))
-        self.assertEqual(central.reports(7)[0]["pid"], str(pids[0]))
-
-    def test_a_stop_before_that_answer_ends_what_was_taken(self) -> None:
-        central = self.central()
-        node = self.prepared(central, drain_time=30)
-        pids: list[int] = []
-        over = threading.Event()
-        self.addCleanup(over.set)
-
-        def answer(method: str, path: str, fields: Fields) -> int | None:
-            if method == "PUT" and not pids:
-                pids.append(node.take(unit(7, "sleeper", "60")))
-                over.wait(DEADLINE)
-            return None
-
-        central.answer = answer
-        node.start(wait=False)
-        wait_for(lambda: pids, "a worker runs")
-        os.kill(node.pid, signal.SIGTERM)
-        wait_for(lambda: node.said("1 units are running"), "it waits for the unit")
-        os.kill(node.pid, signal.SIGTERM)
-        self.assertEqual(node.wait(), 1)
-        self.assertFalse(alive(pids[0]))
-        self.assertEqual(central.calls[-1][0], "DELETE")
-        self.assertEqual(central.reports(7), [], "central has given it to another")
-        self.assertEqual(node.units(), [])
-
-    def test_both_sides_use_the_password(self) -> None:
-        central = self.central(login="ali ce:s3cr:et")
-        secret = {
-            "http_authentication": "yes",
-            "login": "ali ce",
-            "password": "s3cr:et",
-        }
-        node = self.node(central, **secret)
-        right = "Authorization: Basic YWxpIGNlOnMzY3I6ZXQ=\r\n"
-        self.assertEqual(node.post(unit())[0], 401)
-        self.assertEqual(node.send(work_request(unit(), right))[0], 200)
-        self.assertEqual(central.outcome(1), ("succeeded", "x"))
-        node.stop()
-        self.assertEqual(central.calls[-1][0], "DELETE")
-
-    def test_an_action_less_node_does_not_start(self) -> None:
-        node = self.prepared(actions={}, disable_default_actions="yes")
-        done = node.run()
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("there is no action in", done.stderr)
-
-
-# ---------------------------------------------------------------------------
-# Work
-# ---------------------------------------------------------------------------
-
-
-class Work(SharedNode):
-    """What one node answers, and what it reports."""
-
-    options = {
-        "actions": {
-            **ACTIONS,
-            "talker.py": SLEEPER.replace(
-                "time.sleep(float(self.input))",
-                "print('almost done', flush=True); time.sleep(60)",
-            ),
-        }
-    }
-
-    def test_a_unit_is_answered_with_a_pid_and_reported_with_the_fields_of_the_wire(
-        self,
-    ) -> None:
-        id = self.new_id()
-        status, headers, body = self.shared.post(unit(id))
-        self.assertEqual((status, headers["Content-Type"]), (200, "application/json"))
-        self.assertRegex(body.decode(), r'^\{"pid":\d+\}$')
-        self.assertEqual(self.shared_central.outcome(id), ("succeeded", "x"))
-        (report,) = self.shared_central.reports(id)
-        self.assertEqual(list(report), ["pid", "id", "time", "status", "output"])
-        self.assertEqual(report["output"], '{"output":"x"}')
-        self.assertEqual(report["pid"], str(json.loads(body)["pid"]))
-        self.assertGreater(float(report["time"]), 0)
-
-    def test_a_worker_leads_its_own_session_and_is_no_child_of_the_node(self) -> None:
-        id = self.new_id()
-        pid = self.shared.take(unit(id, "sleeper", "0.3"))
-        wait_for(lambda: os.getsid(pid) == pid, "a session of its own")
-        fork_server = self.shared.fork_server
-        parent = subprocess.check_output(["ps", "-o", "ppid=", "-p", str(pid)])
-        self.assertEqual(int(parent), fork_server)
-        self.assertNotEqual(fork_server, self.shared.pid)
-        self.shared_central.outcome(id)
-
-    def test_the_same_unit_again_is_answered_with_the_same_pid(self) -> None:
-        id = self.new_id()
-        pids = {self.shared.take(unit(id, "sleeper", "0.3")) for _ in range(3)}
-        self.assertEqual(len(pids), 1)
-        self.assertEqual(self.shared_central.outcome(id), ("succeeded", "slept"))
-        self.assertEqual(len(self.shared_central.reports(id)), 1)
-
-    def test_an_action_that_this_node_lacks_is_accepted_and_reported_failed(
-        self,
-    ) -> None:
-        for action in ("nosuch", "../../etc", "a/b", ""):
-            with self.subTest(action):
-                status, output = self.shared.do(unit(self.new_id(), action))
-                self.assertEqual(status, "failed")
-                self.assertIn(f"this node has no action named {action}", output)
-
-    def test_a_stage_that_the_action_lacks_is_reported_failed(self) -> None:
-        id = self.new_id()
-        outcome = self.shared.do(unit(id, status=crowdnode.SPLITTING))
-        self.assertEqual(outcome, ("failed", "the action echo does not define split"))
-
-    def test_a_failure_says_what_and_where_and_the_log_has_the_traceback(self) -> None:
-        id = self.new_id()
-        outcome = self.shared.do(unit(id, "broken"))
-        self.assertEqual(
-            outcome, ("failed", "ValueError: it broke (broken.py, line 6, in process)")
-        )
-        self.assertIn("output: Traceback", self.shared.log())
-
-    def test_a_worker_that_is_killed_is_reported_with_the_signal_and_its_words(
-        self,
-    ) -> None:
-        id = self.new_id()
-        pid = self.shared.take(unit(id, "talker"))
-        printed = self.shared.path("state", "units", f"{id}.out")
-        wait_for(lambda: os.stat(printed).st_size, "it has said something")
-        os.kill(pid, signal.SIGKILL)
-        status, output = self.shared_central.outcome(id)
-        self.assertEqual(status, "failed")
-        self.assertIn("the worker died: killed by SIGKILL", output)
-        self.assertIn("; its last words: almost done", output)
-
-    def test_bad_requests_get_a_status_and_a_sentence(self) -> None:
-        form = b"Content-Type: application/x-www-form-urlencoded\r\n"
-
-        def post(body: bytes, path: bytes = b"/work") -> bytes:
-            length = b"Content-Length: %d\r\n" % len(body)
-            return b"POST " + path + b" HTTP/1.1\r\n" + form + length + b"\r\n" + body
-
-        def bad(**more: Any) -> bytes:
-            return work_request({**unit(), **more})
-
-        deep = "[" * 10000 + "]" * 10000
-        for request, status, sentence in (
-            (post(b""), 400, "no field work_unit"),
-            (post(b"x=1"), 400, "no field work_unit"),
-            (post(b"work_unit=%7Bnot+json"), 400, "not JSON"),
-            (post(b"work_unit=null"), 400, "not a JSON object"),
-            (post(b"work_unit=%5B1%5D"), 400, "not a JSON object"),
-            (post(b"work_unit=%FF"), 400, "not UTF-8"),
-            (post(b"work_unit=\xff"), 400, "not UTF-8"),
-            (work_request(deep), 400, "not JSON"),
-            (work_request(json.dumps(unit(options={"n": float("nan")}))), 400, "NaN"),
-            (work_request('{"id": 1e999}'), 400, "1e999 is out of range"),
-            (bad(id=None), 400, "the unit's id"),
-            (bad(id="../x"), 400, "the unit's id"),
-            (bad(id="a\0"), 400, "the unit's id"),
-            (bad(id="x" * 65), 400, "the unit's id"),
-            (bad(id=1.5), 400, "the unit's id"),
-            (bad(id=True), 400, "the unit's id"),
-            (bad(job_id="../1"), 400, "the unit's job_id"),
-            (bad(status=2), 400, "status is unknown"),
-            (bad(status="1"), 400, "status is unknown"),
-            (bad(status=True), 400, "status is unknown"),
-            (bad(input=3), 400, "input is not a string"),
-            (bad(action=3), 400, "action is not a string"),
-            (bad(options=[]), 400, "options is not an object"),
-            (b"HELLO\r\n\r\n", 400, "is not METHOD PATH HTTP"),
-            (b"POST /work HTTP/1.1\r\n\r\n", 411, "Content-Length"),
-            (
-                b"POST /work HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
-                b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"
-                b"3\r\nx=1\r\n0\r\n\r\n",
-                411,
-                "Content-Length",
-            ),
-            (
-                b"POST /work HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
-                413,
-                "64 MB",
-            ),
-            (
-                b"POST /work HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-                400,
-                "Content-Length",
-            ),
-            (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
-            (b"GET /nowhere HTTP/1.1\r\n\r\n", 404, "Not Found"),
-            (b"GET /heartbeat/ HTTP/1.1\r\n\r\n", 404, "Not Found"),
-            (b"GET /work HTTP/1.1\r\n\r\n", 404, "Not Found"),
-            (b"DELETE /work HTTP/1.1\r\n\r\n", 404, "Not Found"),
-            (b"OPTIONS /work HTTP/1.1\r\n\r\n", 404, "Not Found"),
-            (post(b"", b"/heartbeat"), 404, "Not Found"),
-            (b"GET http://[x/ HTTP/1.1\r\n\r\n", 400, "can't be read"),
-        ):
-            with self.subTest(request[:200]):
-                answer = self.shared.send(request)
-                self.assertEqual(answer[0], status, answer)
-                self.assertIn(sentence, answer[2].decode())
-                self.assertNotIn(b"Traceback", answer[2])
-        self.assertEqual(self.shared.get("/heartbeat")[2], b"buh-bump")
-        self.assertNotIn(
-            "Traceback", self.shared.log().replace("output: Traceback", "")
-        )
-
-    def test_a_body_that_ends_early_is_a_bad_request(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
-            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Length: 10\r\n\r\nwork")
-            connection.shutdown(socket.SHUT_WR)
-            status, _, body = read_answer(connection)
-        self.assertEqual((status, body), (400, b"The body ended after 4 of 10 bytes."))
-
-    def test_the_odd_requests_of_the_wire_are_answered_as_there(self) -> None:
-        for request, status, body in (
-            (b"GET /heartbeat HTTP/1.1\r\n\r\n", 200, b"buh-bump"),
-            (b"GET /heartbeat?x=1 HTTP/1.1\r\nHost: x\r\n\r\n", 200, b"buh-bump"),
-            (b"GET /heartbeat HTTP/1.0\r\n\r\n", 200, b"buh-bump"),
-            (
-                b"GET /heartbeat HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
-                200,
-                b"buh-bump",
-            ),
-            (
-                b"GET /heartbeat HTTP/1.1\r\nConnection: close\r\n\r\n",
-                200,
-                b"buh-bump",
-            ),
-            (
-                b"GET http://node1.example:9063/heartbeat HTTP/1.1\r\n\r\n",
-                200,
-                b"buh-bump",
-            ),
-            (b"HEAD /heartbeat HTTP/1.1\r\n\r\n", 200, b""),
-            (b"HEAD /nowhere HTTP/1.1\r\n\r\n", 404, b""),
-        ):
-            with self.subTest(request):
-                answer = self.shared.send(request)
-                self.assertEqual((answer[0], answer[2]), (status, body))
-        _, headers, _ = self.shared.send(b"HEAD /heartbeat HTTP/1.1\r\n\r\n")
-        self.assertEqual(headers["Content-Length"], "8")
-
-    def test_a_post_with_a_method_override_counts_as_that_method(self) -> None:
-        form = b"Content-Type: application/x-www-form-urlencoded\r\n"
-        head = b"POST %s HTTP/1.1\r\n" + form + b"%sContent-Length: %d\r\n\r\n%s"
-        get = b"_method=GET"
-        for path, header, body, status in (
-            (b"/heartbeat", b"", get, 200),
-            (b"/heartbeat", b"X-HTTP-Method-Override: get\r\n", b"", 200),
-            (b"/heartbeat", b"", b"_method=NONSENSE", 404),
-            (b"/work", b"", get + b"&work_unit=%7B%7D", 404),
-        ):
-            with self.subTest(path=path, header=header, body=body):
-                request = head % (path, header, len(body), body)
-                self.assertEqual(self.shared.send(request)[0], status)
-
-    def test_the_unit_may_stand_in_the_query_and_may_come_in_two_pieces(self) -> None:
-        id = self.new_id()
-        query = urllib.parse.urlencode({"work_unit": json.dumps(unit(id))})
-        request = f"POST /work?{query} HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
-        self.assertEqual(self.shared.send(request.encode())[0], 200)
-        self.shared_central.outcome(id)
-        id = self.new_id()
-        head, _, body = work_request(unit(id)).partition(b"\r\n\r\n")
-        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
-            connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
-            self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
-            connection.sendall(body)
-            self.assertEqual(read_answer(connection)[0], 200)
-        self.shared_central.outcome(id)
-
-    def test_ids_may_be_words_and_units_may_lack_what_has_a_default(self) -> None:
-        word = f"unit-{self.new_id()}_A"
-        sparse = {"id": word, "action": "echo", "input": "[1,2]", "status": 1}
-        self.assertEqual(self.shared.do(sparse), ("succeeded", [1, 2]))
-
-    def test_a_large_unit_with_a_large_output_comes_through(self) -> None:
-        text = "é\u2603<&+ " * 100000
-        outcome = self.shared.do(unit(self.new_id(), input=text))
-        self.assertEqual(outcome, ("succeeded", text))
-
-    def test_status_tells_what_the_node_does(self) -> None:
-        id = self.new_id()
-        pid = self.shared.take(unit(id, "sleeper", "0.5"))
-        status = self.shared.status()
-        keys = """
-            version host port pid uptime central actions max_workers overloaded reason
-            load_average free_memory fork_server running unreported counts
-        """
-        self.assertEqual(list(status), keys.split())
-        (running,) = [item for item in status["running"] if item["id"] == id]
-        self.assertEqual(running.pop("pid"), pid)
-        self.assertLess(running.pop("seconds"), 5)
-        wanted = {"id": id, "job_id": 1, "action": "sleeper", "stage": "process"}
-        self.assertEqual(running, wanted)
-        self.assertEqual(list(status["counts"]), list(crowdnode.COUNTS))
-        self.assertIn("echo", status["actions"])
-        self.assertEqual(status["central"]["url"], self.shared_central.url)
-        self.assertIsNone(status["central"]["error"])
-        self.shared_central.outcome(id)
-
-    def test_what_is_no_text_does_not_keep_lines_from_the_log(self) -> None:
-        odd = unit(self.new_id(), "\ud800" + "x" * 500)
-        status, _ = self.shared.do(odd)
-        self.assertEqual(status, "failed")
-        wait_for(lambda: self.shared.said(f"unit {odd['id']} (\\ud800xxx"), "its lines")
-
-    def test_an_empty_line_before_a_request_is_skipped(self) -> None:
-        status, _, body = self.shared.send(b"\r\nGET /heartbeat HTTP/1.1\r\n\r\n")
-        self.assertEqual((status, body), (200, b"buh-bump"))
-
-    def test_benchmark_in_the_options_logs_the_time_it_took(self) -> None:
-        self.shared.do(unit(self.new_id(), options={"benchmark": True}))
-        wait_for(
-            lambda: self.shared.said("output: benchmark: "), "the benchmark's line"
-        )
-
-
-class Shown(CrowdTest):
-    """The page, and the metrics."""
-
-    def test_the_page_says_all_and_runs_nothing_that_a_unit_brings(self) -> None:
-        central = self.central()
-        node = self.node(
-            central, tag="the <tag>", **{"action sleeper": "time_limit = 60"}
-        )
-        node.take(unit(1, "sleeper", "60"))
-        node.do(unit(2, "broken"))
-        node.do(unit(3, "<script>alert(1)</script>"))
-        central.fail(500, "/work/4")
-        node.take(unit(4))
-        wait_for(lambda: central.reports(4), "a report")
-        page = wait_for(
-            lambda: (lambda text: text if "it answered 500" in text else "")(
-                node.get("/")[2].decode()
-            ),
-            "what central answered",
-        )
-        for text in (
-            f"<h1>127.0.0.1:{node.port} <small>the &lt;tag&gt;</small></h1>",
-            f"{central.url}, answered ",
-            '<meter max="60" value="',
-            "ValueError: it broke (broken.py, line 6, in process)",
-            "no action named &lt;script&gt;alert(1)",
-            "Waiting for central (1)",
-            "<dt>Work</dt><dd>taken</dd>",
-        ):
-            self.assertIn(text, page)
-        self.assertNotIn("<script>alert", page)
-        self.assertEqual(re.findall(r"(?:src|href)=\W*http", page), [])
-
-    def test_the_page_lets_a_browser_run_and_draw_what_is_its_own_alone(self) -> None:
-        node = self.node()
-        status, headers, body = node.get("/")
-        self.assertEqual((status, headers["Content-Type"][:9]), (200, "text/html"))
-        policy = headers["Content-Security-Policy"]
-        self.assertIn("default-src 'none'", policy)
-        for tag in ("style", "script"):
-            (text,) = re.findall(f"(?s)<{tag}>(.*)</{tag}>", body.decode())
-            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            self.assertIn(f"{tag}-src 'sha256-{digest}'", policy)
-
-    def test_the_page_says_why_and_since_when_work_is_refused(self) -> None:
-        node = self.node(max_load=0.01)
-        page = node.get("/")[2].decode()
-        self.assertRegex(
-            page, r"refused for [\d.]+ s: .* load average, max_load is 0.01"
-        )
-        self.assertRegex(page, r"<dt>Load</dt><dd>[\d.]+, max 0.01")
-
-    def test_the_last_hour_is_kept_a_minute_each(self) -> None:
-        history = crowdnode.History()
-        for minute in range(70):
-            history.note(1.0, None, 10 * minute)
-            self.assertEqual(len(history.minutes), min(60, minute))
-            history._began -= 60
-        load, memory, units = history.minutes[-1]
-        self.assertEqual((load, memory, round(units)), (1.0, None, 10))
-        plot = crowdnode.draw_plot("load", [1.0, None, 3.0], 2.0)
-        self.assertIn("load: 3 now, 1 to 3", plot)
-        self.assertIn('points="57,68.3 59,4.8"', plot)
-        self.assertIn("nothing yet", crowdnode.draw_plot("load", [None], None))
-
-    def test_metrics_say_what_the_status_says(self) -> None:
-        node = self.node()
-        for number in range(3):
-            node.do(unit(number + 1))
-        node.do(unit(4, "broken"))
-        node.do(unit(5, 'odd"\n'))
-        status, headers, body = node.get("/metrics")
-        self.assertEqual((status, headers["Content-Type"][:25]),
-                         (200, "text/plain; version=0.0.4"))  # fmt: skip
-        lines = body.decode().splitlines()
-        values = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
-        counts = node.status()["counts"]
-        for name, value in (
-            ("units_accepted_total", counts["accepted"]),
-            ('units_total{outcome="succeeded"}', 3),
-            ('units_total{outcome="failed"}', 2),
-            ("overloaded", 0),
-            ("max_workers", 50),
-            ('unit_seconds_count{action="echo",stage="process"}', 3),
-            ('unit_seconds_bucket{action="echo",stage="process",le="+Inf"}', 3),
-            ('unit_seconds_count{action="unknown",stage="process"}', 1),
-        ):
-            self.assertEqual(values[f"crowdnode_{name}"], str(value), name)
-        for name in values:
-            family = re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name)
-            self.assertTrue(
-                any(line.startswith(f"# TYPE {family} ") for line in lines), name
-            )
-        self.assertEqual(
-            crowdnode.sample("x", 1, a='"\\\n'), r'crowdnode_x{a="\"\\\n"} 1'
-        )
-
-
-class Wire(CrowdTest):
-    """What needs a node, or a central, of its own."""
-
-    def test_credentials_are_answered_as_on_the_wire(self) -> None:
-        secret = {
-            "http_authentication": "yes",
-            "login": "ali ce",
-            "password": "s3cr:et",
-        }
-        node = self.node(self.central(login="ali ce:s3cr:et"), **secret)
-        required = b"Authorization Required"
-        for path, header, status, body in (
-            ("/heartbeat", "", 401, required),
-            ("/nowhere", "", 401, required),
-            ("/heartbeat", "Basic YWxpIGNlOndyb25n", 401, required),
-            ("/heartbeat", "Basic YWxpIGNl", 401, required),
-            ("/heartbeat", "Basic YWxpIGNlOnMzY3I6ZXQ=", 200, b"buh-bump"),
-            ("/heartbeat", "basic YWxpIGNlOnMzY3I6ZXQ=", 200, b"buh-bump"),
-            ("/heartbeat", "Digest username=x", 400, b"Bad Request"),
-            ("/heartbeat", "Basic", 400, b"Bad Request"),
-            ("/heartbeat", "Basic ?!", 400, b"Bad Request"),
-            ("/nowhere", "Basic YWxpIGNlOnMzY3I6ZXQ=", 404, b"Not Found"),
-        ):
-            with self.subTest(path=path, header=header):
-                line = f"Authorization: {header}\r\n" if header else ""
-                request = f"GET {path} HTTP/1.1\r\n{line}\r\n".encode()
-                answer = node.send(request)
-                self.assertEqual((answer[0], answer[2]), (status, body))
-                if status == 401:
-                    realm = answer[1]["WWW-Authenticate"]
-                    self.assertEqual(realm, 'Basic realm="CloudCrowd"')
-        head = node.send(b"HEAD /heartbeat HTTP/1.1\r\n\r\n")
-        self.assertEqual(
-            (head[0], head[1]["Content-Length"], head[2]), (401, "22", b"")
-        )
-
-    def test_an_answer_over_an_unread_body_is_not_lost(self) -> None:
-        node = self.node(allow="192.0.2.0/24")
-        big = b"POST /work HTTP/1.1\r\nContent-Length: 8000000\r\n\r\n" + b"x" * 8000000
-        status, _, body = node.send(big)
-        self.assertEqual(
-            (status, body), (403, b"127.0.0.1 is not in this node's allow.")
-        )
-        self.assertEqual(node.run("--status").returncode, 4)
-
-    def test_addresses_and_networks_in_allow_may_connect(self) -> None:
-        node = self.node(allow="192.0.2.7, 127.0.0.0/8")
-        self.assertEqual(node.get("/heartbeat")[0], 200)
-
-    def test_a_request_has_a_deadline_however_it_drips(self) -> None:
-        node = self.node(constants={"REQUEST_DEADLINE": 0.5})
-        with socket.create_connection(("127.0.0.1", node.port)) as connection:
-            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Le")
-            began = time.monotonic()
-            while not select.select([connection], [], [], 0.05)[0]:
-                connection.sendall(b"n")
-                self.assertLess(time.monotonic() - began, DEADLINE)
-            status, _, body = read_answer(connection)
-        self.assertEqual((status, body), (408, b"The request was too slow."))
-
-    def test_central_gets_in_past_a_crowd_of_silent_connections(self) -> None:
-        node = self.node(constants={"MAX_CONNECTIONS": 10})
-        address = ("127.0.0.1", node.port)
-        with contextlib.ExitStack() as stack:
-            silent = [
-                stack.enter_context(socket.create_connection(address))
-                for _ in range(30)
-            ]
-            self.assertEqual(node.do(unit()), ("succeeded", "x"))
-            self.assertEqual(
-                silent[0].recv(1), b"", "the first to come is closed first"
-            )
-
-    def test_a_report_waits_for_the_reply_and_a_lost_reply_withdraws_the_unit(
-        self,
-    ) -> None:
-        central = self.central()
-        node = self.node(central)
-        fork_server = node.fork_server
-        os.kill(fork_server, signal.SIGSTOP)
-        connection = socket.create_connection(("127.0.0.1", node.port))
-        connection.sendall(work_request(unit(1, "sleeper", "20")))
-        linger = struct.pack("ii", 1, 0)
-        # Read: else a reset would take it back.  Later ones are read after it.
-        wait_for(lambda: node.status()["pid"], "it is read")
-        time.sleep(0.2)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        connection.close()
-        os.kill(fork_server, signal.SIGCONT)
-        wait_for(lambda: node.said("the reply could not be written"), "a withdrawal")
-        node.settled()
-        self.assertEqual(central.reports(1), [])
-        self.assertEqual(node.do(unit(1)), ("succeeded", "x"), "it is offered again")
-        self.assertFalse(node.said("Traceback"))
-
-    def test_reports_go_on_until_central_takes_them(self) -> None:
-        central = self.central()
-        node = self.node(
-            central, constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.2}
-        )
-        statuses = iter([500, 0, 503, 204])
-        central.answer = lambda method, path, _: (
-            next(statuses) if path.startswith("/work/") else None
-        )
-        node.take(unit())
-        wait_for(lambda: node.status()["counts"]["reported"] == 1, "it is taken")
-        self.assertEqual(len(central.reports(1)), 4)
-        self.assertEqual(len({report["time"] for report in central.reports(1)}), 1)
-        node.settled()
-
-    def test_a_late_report_of_one_attempt_leaves_the_next_alone(self) -> None:
-        central = self.central()
-        constants = {"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.3}
-        node = self.node(central, constants=constants)
-        central.fail(500, "/work/")
-        node.take(unit(1))
-        wait_for(lambda: central.reports(1), "a report that is put off")
-        go = node.path("go")
-        pid = node.take(unit(1, "waiter", go, attempts=1))
-        node.take(unit(2))
-        wait_for(lambda: len(central.reports(2)) == 3, "later ones are tried again")
-        self.assertNotIn(b"failed", node.record(1))
-        self.assertEqual(node.said("unit 1 (echo, process): its record"), 0)
-        self.assertEqual(len(central.reports(1)), 1)
-        central.recover()
-        open(go, "w").close()
-        wait_for(lambda: len(central.reports(1)) == 2, "the second attempt's")
-        self.assertEqual(central.reports(1)[1]["output"], '{"output":"seen"}')
-        self.assertEqual(central.reports(1)[1]["pid"], str(pid))
-
-    def test_a_report_that_central_had_is_not_hurried_by_others(self) -> None:
-        central = self.central()
-        node = self.node(central, constants={"RETRY_WAIT": 0.1})
-        central.fail(500, "/work/1")
-        node.take(unit(1))
-        wait_for(lambda: central.reports(1), "a report that is put off")
-        for number in range(2, 12):
-            self.assertEqual(node.do(unit(f"other-{number}")), ("succeeded", "x"))
-        self.assertEqual(len(central.reports(1)), 1)
-
-    def test_a_unit_that_central_does_not_know_is_discarded(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        central.fail(404, "/work/1")
-        node.take(unit())
-        wait_for(lambda: node.said("central does not know it"), "the log says so")
-        self.assertIsNone(node.status()["central"]["error"], "it has answered")
-        node.settled()
-        self.assertEqual(len(central.reports(1)), 1)
-
-    def test_outcomes_wait_on_disk_while_central_is_away(self) -> None:
-        central = self.central()
-        node = self.node(central, constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 30})
-        central.stop()
-        for id in range(20):
-            node.take(unit(id))
-        wait_for(lambda: node.status()["unreported"] == 20, "all wait")
-        wait_for(lambda: len(our_processes()) == 2, "what waits is no process")
-        central.start()
-        for id in range(20):  # the first success wakes those that wait
-            central.outcome(id, 5)
-            self.assertEqual(len(central.reports(id)), 1)
-
-    def test_the_next_attempt_is_taken_while_the_last_ones_report_is_answered(
-        self,
-    ) -> None:
-        """Up to 0.6 central hands the unit out again before it answers the report."""
-        central = self.central()
-        node = self.node(central)
-        second: list[int] = []
-
-        def answer(method: str, path: str, fields: Fields) -> int | None:
-            if path == "/work/1" and not second:
-                second.append(node.take(unit(1, attempts=1)))
-            return None
-
-        central.answer = answer
-        node.take(unit(1, "broken"))
-        wait_for(lambda: len(central.reports(1)) == 2, "both attempts are reported")
-        reports = central.reports(1)
-        self.assertEqual(
-            [report["status"] for report in reports], ["failed", "succeeded"]
-        )
-        self.assertEqual(reports[1]["pid"], str(second[0]))
-
-    def test_another_attempt_ends_the_worker_of_the_last(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        first = node.take(unit(1, "sleeper", "30"))
-        node.take(unit(1, "sleeper", "0", attempts=1))
-        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
-        self.assertFalse(alive(first))
-        self.assertEqual(len(central.reports(1)), 1)
-
-
-# ---------------------------------------------------------------------------
-# Overload
-# ---------------------------------------------------------------------------
-
-
-class OverloadTest(CrowdTest):
-    def assert_refused(self, node: NodeProcess, reason: str) -> None:
-        status, _, body = node.post(unit(99))
-        self.assertEqual((status, body), (503, b"Node Overloaded"))
-        document = node.status()
-        self.assertTrue(document["overloaded"])
-        self.assertIn(reason, document["reason"])
-        self.assertEqual(node.said(f"work is refused: {document['reason']}"), 1)
-
-    def test_max_load_refuses_and_its_end_is_checked_in(self) -> None:
-        env = self.fake_uptime('cat "$D/load"')
-        load = os.path.join(env["D"], "load")
-
-        def set_load(value: str) -> None:
-            with open(load + ".part", "w") as file:
-                file.write(
-                    f" 13:00:00 up 1 day,  1 user,  load average: {value}, 0.1, 0.1"
-                )
-            os.replace(load + ".part", load)
-
-        set_load("7.50")
-        central = self.central()
-        node = self.node(
-            central, env=env, max_load=2.5, constants={"REMINDER_INTERVAL": 0.3}
-        )
-        self.assertEqual(central.check_ins()[0]["busy"], "true")
-        self.assert_refused(node, "7.50 load average, max_load is 2.5")
-        wait_for(lambda: node.said("work is still refused: 7.50") >= 2, "reminders")
-        self.assertEqual(node.status()["load_average"], 7.5)
-        set_load("0.10")
-        wait_for(lambda: len(central.check_ins()) == 2, "a check-in at its end")
-        self.assertEqual(central.check_ins()[1]["busy"], "false")
-        self.assertEqual(node.said("over: 7.50 load average"), 1)
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
-
-    def test_little_memory_refuses_and_its_end_is_checked_in(self) -> None:
-        if not os.path.exists("/proc/meminfo"):
-            self.skipTest("needs /proc/meminfo")
-        for key in ("min_free_memory", "min_available_memory"):
-            with self.subTest(key):
-                central = self.central()
-                node = self.node(central, **{key: 999999})
-                self.assert_refused(node, f"MB of memory, {key} is 999999")
-                node.write_config(**{key: 1})
-                self.assertEqual(node.run("--reload").returncode, 0)
-                wait_for(lambda: node.said("work is taken again"), "it ends")
-                wait_for(
-                    lambda: central.check_ins()[-1]["busy"] == "false", "a check-in"
-                )
-
-    def test_max_workers_refuses_and_room_is_checked_in(self) -> None:
-        central = self.central()
-        node = self.node(central, max_workers=2)
-        pids = [node.take(unit(id, "sleeper", "30")) for id in (1, 2)]
-        self.assert_refused(node, "2 units are running, max_workers is 2")
-        self.assertEqual(
-            node.take(unit(1, "sleeper", "30")), pids[0], "it has that one"
-        )
-        self.assertEqual(len(central.check_ins()), 1)
-        os.kill(pids[0], signal.SIGKILL)
-        wait_for(lambda: len(central.check_ins()) == 2, "a check-in when there is room")
-        self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
-        self.assertEqual(node.status()["counts"]["refused"], 1)
-
-    def test_an_uptime_that_does_not_tell_is_said_once_and_changes_nothing(
-        self,
-    ) -> None:
-        constants = {"SCRAPE_DEADLINE": 0.1}
-        for script in ("echo 13:00 up 1 day", "sleep 50", "exit 1", "kill -9 $$"):
-            with self.subTest(script):
-                node = self.node(
-                    env=self.fake_uptime(script), constants=constants, max_load=0.01
-                )
-                wait_for(
-                    lambda: node.said("max_load: this machine does not tell"), "it"
-                )
-                wait_for(lambda: node.status()["uptime"] > 0.5, "some ticks")
-                self.assertEqual(node.said("max_load: this machine does not tell"), 1)
-                self.assertIsNone(node.status()["load_average"])
-                self.assertEqual(node.do(unit()), ("succeeded", "x"))
-        empty = self.directory()
-        node = self.node(env={"PATH": empty}, max_load=0.01)
-        wait_for(lambda: node.said("max_load: this machine does not tell"), "no uptime")
-
-    def test_uptime_is_asked_in_the_c_locale(self) -> None:
-        script = (
-            '[ "$LC_ALL" = C ] && echo "13:00:00 up, load average: 0.42, 1.0, 1.0"'
-            ' || echo "13.00.00 up, load average: 0,42 1,0 1,0"'
-        )
-        env = {**self.fake_uptime(script), "LANG": "fi_FI.UTF-8"}
-        node = self.node(env=env, max_load=1)
-        self.assertEqual(node.status()["load_average"], 0.42)
-
+class Vitals(CrowdTest):
     def test_texts_of_other_machines_are_understood(self) -> None:
         intel = (
             "Mach Virtual Memory Statistics: (page size of 4096 bytes)\n"
@@ -2097,385 +992,135 @@ class OverloadTest(CrowdTest):
         available = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_AVAILABLE)
         self.assertEqual((free, available), (200, 400))
 
-
-# ---------------------------------------------------------------------------
-# Actions
-# ---------------------------------------------------------------------------
-
-MIXED = """
-import os, sys, time
-from crowdnode import Action
-
-class Mixed(Action):
-    def process(self):
-        return getattr(self, self.options["do"])()
-
-    def directory(self):
-        here = os.getcwd()
-        open("scratch", "w").write("x")
-        os.makedirs("deep/er")
-        os.chmod("deep/er", 0o500)
-        mode = os.stat(here).st_mode & 0o777
-        return [here, self.work_directory, mode, os.listdir(".")]
-
-    def known(self):
-        return [self.input, self.input_path, self.file_name, self.options]
-
-    def fetched(self):
-        with open(self.input_path, "rb") as file:
-            text = file.read().decode()
-        return [os.path.basename(self.input_path), self.file_name, text]
-
-    def saved(self):
-        with open("a result.txt", "w") as file:
-            file.write("saved")
-        return self.save("a result.txt")
-
-    def everything(self):
-        several = [1, -2.5, 1e300, True, None, "\u2603", "\\u0000"]
-        return {"a": several, "b": {}, "c": ()}
-
-    def a_set(self):
-        return {1}
-
-    def not_a_number(self):
-        return float("nan")
-
-    def bytes(self):
-        return b"x"
-
-    def surrogate(self):
-        return "\\ud800"
-
-    def circle(self):
-        self.options["self"] = self.options
-        return self.options
-
-    def prints(self):
-        print("to standard output \u2603")
-        print("to standard error", file=sys.stderr)
-        os.system("echo from a child")
-
-    def prints_much(self):
-        for number in range(40000):
-            print(f"line {number}")
-
-    def leaves(self):
-        os._exit(3)
-
-    def exits(self):
-        sys.exit("enough")
-
-    def eats(self):
-        return len(bytearray(900 * 1024 * 1024))
-
-    def writes(self):
-        with open("big", "wb") as file:
-            file.write(bytes(3 * 1024 * 1024))
-
-    def is_nice(self):
-        return os.nice(0)
-
-    def goes_deep(self):
-        for number in range(1500):
-            os.mkdir("dddd")
-            os.chdir("dddd")
-
-    def forges(self):
-        raise ValueError("one\\n2026-01-01 00:00:00 node[1] info: two\\x1b[2J")
-
-    def sleeps_with_files(self):
-        for number in range(20):
-            open(f"file {number}", "w").close()
-        os.mkdir("locked")
-        os.chmod("locked", 0)
-        time.sleep(60)
-
-    def leaves_a_child(self):
-        if os.fork() == 0:
-            time.sleep(60)
-"""
-
-SHELL = """#!/bin/sh
-# An action in shell: the stage is the argument, JSON comes on standard input.
-case "$(cat)" in
-*fail*) echo "first line" >&2; echo "it broke" >&2; exit 3 ;;
-*text*) echo "plain text"; echo "of two lines" ;;
-*json*) printf '{"stage": "%s", "pwd": "%s"}' "$1" "$(pwd)" ;;
-*bytes*) printf '\\377' ;;
-*die*) kill -9 $$ ;;
-*) echo '["one", "two"]' ;;
-esac
-"""
-
-
-class Actions(SharedNode):
-    options = {
-        "actions": {**ACTIONS, "mixed.py": MIXED, "shell.sh": SHELL, "bare": "echo x"},
-        "action mixed": "memory_limit = 500\nfile_limit = 1\nnice = 7",
-        "action sleeper": "time_limit = 1",
-        "action shell": "stages = split process merge",
-        "local_storage_path": "storage",
-    }
-
-    def do(self, what: str, **more: Any) -> tuple[str, Any]:
-        """What the action ``mixed`` makes of a unit."""
-        more.setdefault("options", {})["do"] = what
-        return self.shared.do(unit(self.new_id(), "mixed", **more))
-
-    def test_the_work_directory_is_current_private_and_gone_afterwards(self) -> None:
-        status, (here, work_directory, mode, files) = self.do("directory")
-        self.assertEqual((status, here), ("succeeded", work_directory))
-        self.assertEqual((mode, sorted(files)), (0o700, ["deep", "scratch"]))
-        self.assertEqual(
-            here, self.shared.path("state", "work", "mixed", f"unit_{self.next_id}")
+    def test_a_mac_scrapes_vm_stat(self) -> None:
+        """With the text of one: this machine has no vm_stat."""
+        directory = self.directory()
+        text = "Mach Virtual Memory Statistics: (page size of 16384 bytes)"
+        free = "Pages free:                       64000."
+        write_script(directory, "vm_stat", f"echo '{text}'\necho '{free}'")
+        program = (
+            f"import sys; sys.path.insert(0, {HERE!r}); import crowdnode; "
+            "crowdnode.import_command_modules(); crowdnode.import_node_modules(); "
+            "sys.platform = 'darwin'; print(crowdnode.free_memory())"
         )
-        self.assertFalse(os.path.exists(here))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            env=environment(PATH=f"{directory}:/usr/bin:/bin"),
+        )
+        self.assertEqual(done.stdout, b"1000.0\n")
 
-    def test_an_action_knows_its_input_and_options(self) -> None:
-        status, (text, path, name, options) = self.do("known", options={"k": [1]})
-        self.assertEqual((status, text, path, name), ("succeeded", "x", None, None))
-        ids = {"job_id": 1, "work_unit_id": self.next_id, "attempts": 0}
-        self.assertEqual(options, {"k": [1], "do": "known", **ids})
+    def test_uptime_is_asked_in_the_c_locale(self) -> None:
+        script = (
+            '[ "$LC_ALL" = C ] && echo "13:00:00 up, load average: 0.42, 1.0, 1.0"'
+            ' || echo "13.00.00 up, load average: 0,42 1,0 1,0"'
+        )
+        env = {**self.fake_uptime(script), "LANG": "fi_FI.UTF-8"}
+        node = self.node(env=env, max_load=1)
+        self.assertEqual(node.status()["load_average"], 0.42)
 
-    def test_inputs_are_parsed_where_they_are_json_objects_or_lists(self) -> None:
-        for text, wanted in (
-            ("[1,2]", [1, 2]),
-            ("[1,2", "[1,2"),
-            (" [1]", " [1]"),
-            ("null", "null"),
-            ("[NaN]", "[NaN]"),
-            ("{}", {}),
-            ("[1]\n", [1]),
-            ("[1.0,1e3]", [1.0, 1000.0]),
-            ('{"json_class":"String"}', {"json_class": "String"}),
-            ("na\u00efve \u2603", "na\u00efve \u2603"),
-            ("a:b", "a:b"),
-            ("mailto:x", "mailto:x"),
-            ("12:30", "12:30"),
-            ("http://x/na\u00efve", "http://x/na\u00efve"),
-            ("file:///srv/a b.txt", "file:///srv/a b.txt"),
-            ("", ""),
-        ):
-            with self.subTest(text):
-                outcome = self.shared.do(unit(self.new_id(), input=text))
-                self.assertEqual(outcome, ("succeeded", wanted))
-
-    def test_a_file_is_copied_under_a_safe_name(self) -> None:
-        for name, saved in (("a b.txt", "a-b.txt"), ("x.tar.gz", "x-tar.gz")):
-            path = self.shared.path(name)
-            with open(path, "w") as file:
-                file.write(name)
-            outcome = self.do("fetched", input=crowdnode.file_url(path))
-            stem = saved.rpartition(".")[0]
-            self.assertEqual(outcome, ("succeeded", [saved, stem, name]))
-
-    def test_a_file_that_is_not_there_or_is_none_fails_the_unit(self) -> None:
-        for url in ("file:///no/such/file", "file:///dev/zero", "file:///"):
-            with self.subTest(url):
-                status, output = self.do("fetched", input=url)
-                self.assertEqual(status, "failed")
-                self.assertIn(f"can't download {url}: ", output)
-
-    def test_a_download_follows_and_unpacks_and_fails_when_it_is_cut_short(
+    def test_an_uptime_that_does_not_tell_is_said_once_and_changes_nothing(
         self,
     ) -> None:
-        with web_server(answer_as_the_web) as base:
-            for path, wanted in (
-                ("/plain.txt?x=1", ["plain.txt", "plain", "plain text"]),
-                ("/packed.txt", ["packed.txt", "packed", "unpacked text"]),
-                ("/moved", ["moved", "moved", "plain text"]),
-                ("/slow.txt", ["slow.txt", "slow", "slow text"]),
-            ):
-                with self.subTest(path):
-                    outcome = self.do("fetched", input=base + path)
-                    self.assertEqual(outcome, ("succeeded", wanted))
-            for path, message in (
-                ("/missing", "404"),
-                ("/short", "only 5 of 100 bytes came"),
-                ("/broken.gz", "cut short"),
-                ("/loop", "redirect"),
-            ):
-                with self.subTest(path):
-                    status, output = self.do("fetched", input=base + path)
-                    self.assertEqual(status, "failed")
-                    self.assertIn(f"can't download {base}{path}: ", output)
-                    self.assertIn(message, output)
-            began = time.monotonic()
-            never = unit(self.new_id(), "sleeper", f"{base}/never")
-            status, output = self.shared.do(never)
-            self.assertEqual(
-                (status, output[:22]), ("failed", "time_limit of 1 s exce")
-            )
-            self.assertLess(time.monotonic() - began, 5)
-
-    def test_everything_that_json_has_is_an_output(self) -> None:
-        wanted = {"a": [1, -2.5, 1e300, True, None, "\u2603", "\0"], "b": {}, "c": []}
-        self.assertEqual(self.do("everything"), ("succeeded", wanted))
-
-    def test_what_json_lacks_is_a_failure_that_says_so(self) -> None:
-        for what, reason in (
-            ("a_set", "set is not JSON serializable"),
-            ("not_a_number", "not JSON compliant"),
-            ("bytes", "bytes is not JSON serializable"),
-            ("surrogate", "surrogates not allowed"),
-            ("circle", "Circular reference"),
-        ):
-            with self.subTest(what):
-                status, output = self.do(what)
-                self.assertEqual(status, "failed")
-                self.assertIn("the output is not JSON: ", output)
-                self.assertIn(reason, output)
-
-    def test_save_keeps_a_file_and_gives_its_url(self) -> None:
-        status, url = self.do("saved")
-        path = self.shared.path("storage", "mixed", "job_1", f"unit_{self.next_id}")
-        wanted = f"file://{path}/a%20result.txt"
-        self.assertEqual((status, url), ("succeeded", wanted))
-        with open(crowdnode.local_path(url)) as file:
-            self.assertEqual(file.read(), "saved")
-
-    def test_what_an_action_prints_is_in_the_log_with_its_pid(self) -> None:
-        id = self.new_id()
-        pid = self.shared.take(unit(id, "mixed", options={"do": "prints"}))
-        self.shared_central.outcome(id)
-        for text in ("to standard output \u2603", "to standard error", "from a child"):
-            self.assertIn(f" worker[{pid}] output: {text}\n", self.shared.log())
-
-    def test_of_much_that_is_printed_the_log_has_the_end(self) -> None:
-        self.do("prints_much")
-        self.assertTrue(self.shared.said("output: line 39999"))
-        self.assertNotIn("output: line 1000\n", self.shared.log())
-
-    def test_an_action_that_ends_its_process_is_reported(self) -> None:
-        for what, reason in (
-            ("leaves", "the worker died: exit status 3"),
-            ("exits", "SystemExit: enough (mixed.py, line "),
-        ):
-            with self.subTest(what):
-                status, output = self.do(what)
-                self.assertEqual(status, "failed")
-                self.assertIn(reason, output)
-
-    def test_a_unit_over_its_limits_of_memory_or_files_fails(self) -> None:
-        for what, reason in (
-            ("writes", "File too large"),
-            *([("eats", "memory_limit is 500 MB")] if sys.platform == "linux" else []),
-        ):
-            with self.subTest(what):
-                status, output = self.do(what)
-                self.assertEqual(status, "failed")
-                self.assertIn(reason, output)
-
-    def test_a_time_limit_ends_a_unit_and_is_named(self) -> None:
-        outcome = self.shared.do(unit(self.new_id(), "sleeper", "60"))
-        self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
-
-    def test_a_worker_is_as_nice_as_configured(self) -> None:
-        self.assertEqual(self.do("is_nice"), ("succeeded", os.nice(0) + 7))
-
-    def test_what_a_worker_leaves_running_is_ended(self) -> None:
-        def pids() -> set[str]:
-            return {line.split()[0] for line in our_processes()}
-
-        before = pids()
-        self.do("leaves_a_child")
-        wait_for(lambda: pids() <= before, "the child is gone")
-
-    def test_what_a_killed_worker_leaves_in_its_work_directory_is_removed(self) -> None:
-        id = self.new_id()
-        pid = self.shared.take(unit(id, "mixed", options={"do": "sleeps_with_files"}))
-        work = self.shared.path("state", "work", "mixed")
-        locked = os.path.join(work, f"unit_{id}", "locked")
-        wait_for(lambda: os.path.exists(locked), "the files are there")
-        os.kill(pid, signal.SIGKILL)
-        self.shared_central.outcome(id)
-        wait_for(lambda: not os.listdir(work), "all of it is gone")
-
-    def test_directories_of_any_depth_are_removed_and_the_report_comes_once(
-        self,
-    ) -> None:
-        self.assertEqual(self.do("goes_deep"), ("succeeded", None))
-        work = self.shared.path("state", "work", "mixed")
-        wait_for(lambda: not os.listdir(work), "all of it is gone")
-        self.shared.settled()
-        outcome = self.shared.do(unit(self.new_id(), "a" * 300))
-        self.assertEqual(outcome[0], "failed")
-        self.shared.settled()
-        self.assertEqual(len(self.shared_central.reports(self.next_id)), 1)
-
-    def test_a_message_cannot_forge_lines_of_the_log(self) -> None:
-        self.do("forges")
-        wait_for(lambda: self.shared.said("ValueError: one"), "the log has it")
-        self.assertIn(
-            "\n    2026-01-01 00:00:00 node[1] info: two?[2J", self.shared.log()
-        )
-
-    def test_a_program_in_any_language_is_an_action(self) -> None:
-        for text, stage, wanted in (
-            ("plain text", 1, "plain text\nof two lines"),
-            ("something", 4, ["one", "two"]),
-            ("something", 5, ["one", "two"]),
-        ):
-            with self.subTest(text=text, stage=stage):
-                outcome = self.shared.do(
-                    unit(self.new_id(), "shell", text, status=stage)
+        constants = {"SCRAPE_DEADLINE": 0.1}
+        for script in ("echo 13:00 up 1 day", "sleep 50", "exit 1", "kill -9 $$"):
+            with self.subTest(script):
+                node = self.node(
+                    env=self.fake_uptime(script), constants=constants, max_load=0.01
                 )
-                self.assertEqual(outcome, ("succeeded", wanted))
-        status, output = self.shared.do(unit(self.new_id(), "shell", "json"))
-        self.assertEqual(output["stage"], "process")
-        self.assertIn(f"/work/shell/unit_{self.next_id}", output["pwd"])
+                wait_for(
+                    lambda: node.said("max_load: this machine does not tell"), "it"
+                )
+                wait_for(lambda: node.status()["uptime"] > 0.5, "some ticks")
+                self.assertEqual(node.said("max_load: this machine does not tell"), 1)
+                self.assertIsNone(node.status()["load_average"])
+                self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        empty = self.directory()
+        node = self.node(env={"PATH": empty}, max_load=0.01)
+        wait_for(lambda: node.said("max_load: this machine does not tell"), "no uptime")
 
-    def test_a_program_that_fails_is_reported_with_what_it_said(self) -> None:
-        for text, reason in (
-            ("fail", "first line\nit broke (exit status 3)"),
-            ("die", "shell.sh (killed by SIGKILL"),
-            ("bytes", "standard output is not UTF-8"),
+
+# ---------------------------------------------------------------------------
+# Unit records
+# ---------------------------------------------------------------------------
+
+
+class Records(CrowdTest):
+    def test_an_outcome_that_is_cut_short_does_not_count(self) -> None:
+        head = b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
+        head += b'"process", "attempts": 0, "digest": "d", "started": 1.0}\npid 9\n'
+        cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"x')
+        self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, False))
+        cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"xwithdrawn\n')
+        self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, True))
+        for odd in (
+            b'succeeded 0.1 {"output":"x\n',
+            b'failed x {"output":"x"}\n',
+            b"failed 0.1 {}\n",
+            b"nonsense\n",
         ):
-            with self.subTest(text):
-                status, output = self.shared.do(unit(self.new_id(), "shell", text))
-                self.assertEqual(status, "failed")
-                self.assertIn(reason, output)
+            with self.assertRaises(crowdnode.OddRecord):
+                crowdnode.parse_record(head + odd)
 
-    def test_a_program_without_its_first_line_says_what_it_needs(self) -> None:
-        status, output = self.shared.do(unit(self.new_id(), "bare"))
-        self.assertEqual(status, "failed")
-        self.assertIn("needs a first line such as #!/bin/sh", output)
-
-    def test_a_split_must_return_a_list(self) -> None:
-        for text, status in (("text", "failed"), ("something", "succeeded")):
-            outcome = self.shared.do(unit(self.new_id(), "shell", text, status=4))
-            self.assertEqual(outcome[0], status)
-
-    def test_file_names_are_those_of_the_real_action(self) -> None:
-        for url, name in (
-            ("http://h.example/a.txt", "a.txt"),
-            ("http://h.example/a/b/", "b"),
-            ("http://h.example", "h.example"),
-            ("http://h.example/.hidden", "-hidden"),
-            ("http://h.example/x%2Fy.txt", "x-y.txt"),
-            ("http://h.example/a--b___c.txt", "a-b___c.txt"),
-            ("http://h.example/a.tar.gz", "a-tar.gz"),
-            ("http://h.example/a.txt#frag", "a-txt-frag.txt#frag"),
-            ("file:///srv/a b.txt", "a-b.txt"),
-            ("http://h.example/%3F.txt", "-.txt"),
-            ("http://h.example/a%2Etxt", "a-txt"),
-            ("http://h.example/a.txt?x=1?y=2", "a.txt"),
-            ("http://h.example/%2E%2E", "--"),
-            ("http://h.example/..", "--"),
-            ("http://?x", "http-"),
+    def test_odd_records_do_not_stop_the_start(self) -> None:
+        node = self.prepared()
+        units = node.path("state", "units")
+        os.makedirs(units)
+        head = b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
+        head += b'"process", "attempts": 0, "digest": "d", "started": 1.0}\n'
+        for name, data in (
+            ("1", b""),
+            ("2", head[:40]),
+            ("3", head.replace(b"4", b"3")),
+            ("4", head + b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'),
+            ("5", b"crowdnode-unit 99 of the future\n"),
+            ("12", b"crowdnode-unit 2 of the future\n"),
+            ("6", b"crowdnode-unit 1 [nonsense]\n"),
+            ("7", os.urandom(1000) + b"\n"),
+            ("10", head + b"pid 999999\n"),
+            ("11", b"crowdnode-unit 1 {}\n"),
+            ("8", head.replace(b"4", b"8") + b"pid 999999\nwithdrawn\n"),
+            ("13", head.replace(b"process", b"dream")),
+            ("14.out", b"of a unit that is not there"),
         ):
-            self.assertEqual(crowdnode.safe_file_name(url), name, url)
-        for url in (
-            "http://",
-            "http://h/" + "x" * 5000 + "." + "y" * 5000,
-            "?",
-            "/",
-            ".",
-        ):
-            name = crowdnode.safe_file_name(url)
-            self.assertTrue(0 < len(name) < 255 and "/" not in name, name)
-            self.assertNotIn(name, (".", ".."))
+            with open(os.path.join(units, name), "wb") as file:
+                file.write(data)
+        os.mkdir(os.path.join(units, "9"))
+        node.start()
+        self.assertEqual(node.central.outcome(4), ("succeeded", "found"))
+        self.assertEqual(node.central.reports(4)[0]["time"], "1.5")
+        wait_for(lambda: not os.path.exists(os.path.join(units, "4")), "it is settled")
+        self.assertEqual(
+            sorted(node.units()),
+            ["10.odd", "11.odd", "12", "13.odd", "5", "6.odd", "7.odd", "9.odd"],
+        )
+        for name in ("5", "12"):  # another version's, and said once
+            self.assertEqual(node.said(f"units/{name} is left alone: it is of"), 1)
+        reported = [path for _, path, _ in node.central.calls if "/work/" in path]
+        self.assertEqual(reported, ["/work/4"])
+        self.assertEqual(node.do(unit(5)), ("succeeded", "x"))
+        self.assertIn("5.odd", node.units())  # out of the way of a unit of its name
+
+    def test_a_record_that_cannot_be_removed_does_not_hold_up_a_start(self) -> None:
+        node = self.prepared()
+        units = node.path("state", "units")
+        os.makedirs(os.path.join(units, "4.out"))
+        with open(os.path.join(units, "4"), "wb") as file:
+            file.write(
+                b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
+                b'"process", "attempts": 0, "digest": "d", "started": 1.0}\n'
+                b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'
+            )
+        node.start()
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        os.rmdir(os.path.join(units, "4.out"))
+        node.settled()
+        self.assertEqual(len(node.central.reports(4)), 1)
+
+
+# ---------------------------------------------------------------------------
+# Asset stores
+# ---------------------------------------------------------------------------
 
 
 class Bucket(CrowdTest):
@@ -2614,6 +1259,420 @@ class Bucket(CrowdTest):
         self.assertEqual(self.calls, [])
 
 
+# ---------------------------------------------------------------------------
+# Actions
+# ---------------------------------------------------------------------------
+
+MIXED = """
+import os, sys, time
+from crowdnode import Action
+
+class Mixed(Action):
+    def process(self):
+        return getattr(self, self.options["do"])()
+
+    def directory(self):
+        here = os.getcwd()
+        open("scratch", "w").write("x")
+        os.makedirs("deep/er")
+        os.chmod("deep/er", 0o500)
+        mode = os.stat(here).st_mode & 0o777
+        return [here, self.work_directory, mode, os.listdir(".")]
+
+    def known(self):
+        return [self.input, self.input_path, self.file_name, self.options]
+
+    def fetched(self):
+        with open(self.input_path, "rb") as file:
+            text = file.read().decode()
+        return [os.path.basename(self.input_path), self.file_name, text]
+
+    def saved(self):
+        with open("a result.txt", "w") as file:
+            file.write("saved")
+        return self.save("a result.txt")
+
+    def everything(self):
+        several = [1, -2.5, 1e300, True, None, "\u2603", "\\u0000"]
+        return {"a": several, "b": {}, "c": ()}
+
+    def a_set(self):
+        return {1}
+
+    def not_a_number(self):
+        return float("nan")
+
+    def bytes(self):
+        return b"x"
+
+    def surrogate(self):
+        return "\\ud800"
+
+    def circle(self):
+        self.options["self"] = self.options
+        return self.options
+
+    def prints(self):
+        print("to standard output \u2603")
+        print("to standard error", file=sys.stderr)
+        os.system("echo from a child")
+
+    def prints_much(self):
+        for number in range(40000):
+            print(f"line {number}")
+
+    def leaves(self):
+        os._exit(3)
+
+    def exits(self):
+        sys.exit("enough")
+
+    def eats(self):
+        return len(bytearray(900 * 1024 * 1024))
+
+    def writes(self):
+        with open("big", "wb") as file:
+            file.write(bytes(3 * 1024 * 1024))
+
+    def is_nice(self):
+        return os.nice(0)
+
+    def goes_deep(self):
+        for number in range(1500):
+            os.mkdir("dddd")
+            os.chdir("dddd")
+
+    def forges(self):
+        raise ValueError("one\\n2026-01-01 00:00:00 node[1] info: two\\x1b[2J")
+
+    def sleeps_with_files(self):
+        for number in range(20):
+            open(f"file {number}", "w").close()
+        os.mkdir("locked")
+        os.chmod("locked", 0)
+        time.sleep(60)
+
+    def leaves_a_child(self):
+        if os.fork() == 0:
+            time.sleep(60)
+"""
+
+SHELL = """#!/bin/sh
+# An action in shell: the stage is the argument, JSON comes on standard input.
+case "$(cat)" in
+*fail*) echo "first line" >&2; echo "it broke" >&2; exit 3 ;;
+*text*) echo "plain text"; echo "of two lines" ;;
+*json*) printf '{"stage": "%s", "pwd": "%s"}' "$1" "$(pwd)" ;;
+*bytes*) printf '\\377' ;;
+*die*) kill -9 $$ ;;
+*) echo '["one", "two"]' ;;
+esac
+"""
+
+TALKER = SLEEPER.replace(
+    "time.sleep(float(self.input))", "print('almost done', flush=True); time.sleep(60)"
+)
+
+MIXED_NODE: dict[str, Any] = {
+    "actions": {
+        **ACTIONS,
+        "mixed.py": MIXED,
+        "shell.sh": SHELL,
+        "bare": "echo x",
+        "talker.py": TALKER,
+    },
+    "action mixed": "memory_limit = 500\nfile_limit = 1\nnice = 7",
+    "action sleeper": "time_limit = 1",
+    "action shell": "stages = split process merge",
+    "local_storage_path": "storage",
+}
+
+
+class Actions(SharedNode):
+    """What actions know, return and save."""
+
+    options = MIXED_NODE
+
+    def do(self, what: str, **more: Any) -> tuple[str, Any]:
+        """What the action ``mixed`` makes of a unit."""
+        more.setdefault("options", {})["do"] = what
+        return self.shared.do(unit(self.new_id(), "mixed", **more))
+
+    def test_an_action_knows_its_input_and_options(self) -> None:
+        status, (text, path, name, options) = self.do("known", options={"k": [1]})
+        self.assertEqual((status, text, path, name), ("succeeded", "x", None, None))
+        ids = {"job_id": 1, "work_unit_id": self.next_id, "attempts": 0}
+        self.assertEqual(options, {"k": [1], "do": "known", **ids})
+
+    def test_inputs_are_parsed_where_they_are_json_objects_or_lists(self) -> None:
+        for text, wanted in (
+            ("[1,2]", [1, 2]),
+            ("[1,2", "[1,2"),
+            (" [1]", " [1]"),
+            ("null", "null"),
+            ("[NaN]", "[NaN]"),
+            ("{}", {}),
+            ("[1]\n", [1]),
+            ("[1.0,1e3]", [1.0, 1000.0]),
+            ('{"json_class":"String"}', {"json_class": "String"}),
+            ("na\u00efve \u2603", "na\u00efve \u2603"),
+            ("a:b", "a:b"),
+            ("mailto:x", "mailto:x"),
+            ("12:30", "12:30"),
+            ("http://x/na\u00efve", "http://x/na\u00efve"),
+            ("file:///srv/a b.txt", "file:///srv/a b.txt"),
+            ("", ""),
+        ):
+            with self.subTest(text):
+                outcome = self.shared.do(unit(self.new_id(), input=text))
+                self.assertEqual(outcome, ("succeeded", wanted))
+
+    def test_a_file_is_copied_under_a_safe_name(self) -> None:
+        for name, saved in (("a b.txt", "a-b.txt"), ("x.tar.gz", "x-tar.gz")):
+            path = self.shared.path(name)
+            with open(path, "w") as file:
+                file.write(name)
+            outcome = self.do("fetched", input=crowdnode.file_url(path))
+            stem = saved.rpartition(".")[0]
+            self.assertEqual(outcome, ("succeeded", [saved, stem, name]))
+
+    def test_file_names_are_those_of_the_real_action(self) -> None:
+        for url, name in (
+            ("http://h.example/a.txt", "a.txt"),
+            ("http://h.example/a/b/", "b"),
+            ("http://h.example", "h.example"),
+            ("http://h.example/.hidden", "-hidden"),
+            ("http://h.example/x%2Fy.txt", "x-y.txt"),
+            ("http://h.example/a--b___c.txt", "a-b___c.txt"),
+            ("http://h.example/a.tar.gz", "a-tar.gz"),
+            ("http://h.example/a.txt#frag", "a-txt-frag.txt#frag"),
+            ("file:///srv/a b.txt", "a-b.txt"),
+            ("http://h.example/%3F.txt", "-.txt"),
+            ("http://h.example/a%2Etxt", "a-txt"),
+            ("http://h.example/a.txt?x=1?y=2", "a.txt"),
+            ("http://h.example/%2E%2E", "--"),
+            ("http://h.example/..", "--"),
+            ("http://?x", "http-"),
+        ):
+            self.assertEqual(crowdnode.safe_file_name(url), name, url)
+        for url in (
+            "http://",
+            "http://h/" + "x" * 5000 + "." + "y" * 5000,
+            "?",
+            "/",
+            ".",
+        ):
+            name = crowdnode.safe_file_name(url)
+            self.assertTrue(0 < len(name) < 255 and "/" not in name, name)
+            self.assertNotIn(name, (".", ".."))
+
+    def test_a_file_that_is_not_there_or_is_none_fails_the_unit(self) -> None:
+        for url in ("file:///no/such/file", "file:///dev/zero", "file:///"):
+            with self.subTest(url):
+                status, output = self.do("fetched", input=url)
+                self.assertEqual(status, "failed")
+                self.assertIn(f"can't download {url}: ", output)
+
+    def test_a_download_follows_and_unpacks_and_fails_when_it_is_cut_short(
+        self,
+    ) -> None:
+        with web_server(answer_as_the_web) as base:
+            for path, wanted in (
+                ("/plain.txt?x=1", ["plain.txt", "plain", "plain text"]),
+                ("/packed.txt", ["packed.txt", "packed", "unpacked text"]),
+                ("/moved", ["moved", "moved", "plain text"]),
+                ("/slow.txt", ["slow.txt", "slow", "slow text"]),
+            ):
+                with self.subTest(path):
+                    outcome = self.do("fetched", input=base + path)
+                    self.assertEqual(outcome, ("succeeded", wanted))
+            for path, message in (
+                ("/missing", "404"),
+                ("/short", "only 5 of 100 bytes came"),
+                ("/broken.gz", "cut short"),
+                ("/loop", "redirect"),
+            ):
+                with self.subTest(path):
+                    status, output = self.do("fetched", input=base + path)
+                    self.assertEqual(status, "failed")
+                    self.assertIn(f"can't download {base}{path}: ", output)
+                    self.assertIn(message, output)
+            began = time.monotonic()
+            never = unit(self.new_id(), "sleeper", f"{base}/never")
+            status, output = self.shared.do(never)
+            self.assertEqual(
+                (status, output[:22]), ("failed", "time_limit of 1 s exce")
+            )
+            self.assertLess(time.monotonic() - began, 5)
+
+    def test_everything_that_json_has_is_an_output(self) -> None:
+        wanted = {"a": [1, -2.5, 1e300, True, None, "\u2603", "\0"], "b": {}, "c": []}
+        self.assertEqual(self.do("everything"), ("succeeded", wanted))
+
+    def test_what_json_lacks_is_a_failure_that_says_so(self) -> None:
+        for what, reason in (
+            ("a_set", "set is not JSON serializable"),
+            ("not_a_number", "not JSON compliant"),
+            ("bytes", "bytes is not JSON serializable"),
+            ("surrogate", "surrogates not allowed"),
+            ("circle", "Circular reference"),
+        ):
+            with self.subTest(what):
+                status, output = self.do(what)
+                self.assertEqual(status, "failed")
+                self.assertIn("the output is not JSON: ", output)
+                self.assertIn(reason, output)
+
+    def test_save_keeps_a_file_and_gives_its_url(self) -> None:
+        status, url = self.do("saved")
+        path = self.shared.path("storage", "mixed", "job_1", f"unit_{self.next_id}")
+        wanted = f"file://{path}/a%20result.txt"
+        self.assertEqual((status, url), ("succeeded", wanted))
+        with open(crowdnode.local_path(url)) as file:
+            self.assertEqual(file.read(), "saved")
+
+    def test_a_split_must_return_a_list(self) -> None:
+        for text, status in (("text", "failed"), ("something", "succeeded")):
+            outcome = self.shared.do(unit(self.new_id(), "shell", text, status=4))
+            self.assertEqual(outcome[0], status)
+
+    def test_a_program_in_any_language_is_an_action(self) -> None:
+        for text, stage, wanted in (
+            ("plain text", 1, "plain text\nof two lines"),
+            ("something", 4, ["one", "two"]),
+            ("something", 5, ["one", "two"]),
+        ):
+            with self.subTest(text=text, stage=stage):
+                outcome = self.shared.do(
+                    unit(self.new_id(), "shell", text, status=stage)
+                )
+                self.assertEqual(outcome, ("succeeded", wanted))
+        status, output = self.shared.do(unit(self.new_id(), "shell", "json"))
+        self.assertEqual(output["stage"], "process")
+        self.assertIn(f"/work/shell/unit_{self.next_id}", output["pwd"])
+
+    def test_a_program_that_fails_is_reported_with_what_it_said(self) -> None:
+        for text, reason in (
+            ("fail", "first line\nit broke (exit status 3)"),
+            ("die", "shell.sh (killed by SIGKILL"),
+            ("bytes", "standard output is not UTF-8"),
+        ):
+            with self.subTest(text):
+                status, output = self.shared.do(unit(self.new_id(), "shell", text))
+                self.assertEqual(status, "failed")
+                self.assertIn(reason, output)
+
+    def test_a_program_without_its_first_line_says_what_it_needs(self) -> None:
+        status, output = self.shared.do(unit(self.new_id(), "bare"))
+        self.assertEqual(status, "failed")
+        self.assertIn("needs a first line such as #!/bin/sh", output)
+
+
+# ---------------------------------------------------------------------------
+# Built-in actions
+# ---------------------------------------------------------------------------
+
+
+class BuiltIn(CrowdTest):
+    """CloudCrowd's own, with shell scripts in the place of their programs."""
+
+    def pdf_programs(self) -> str:
+        return self.programs(
+            pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
+            'done;; *) cp "$1" "$last";; esac',
+            gm='shift; cp "$1" "$last"',
+            pdftotext='while [ "$2" != "$last" ]; do shift; done; cp "$1" "$last"',
+            gs="true",
+        )
+
+    def test_graphics_magick_does_steps_and_no_shell_sees_options(self) -> None:
+        path = self.programs(gm='printf \'%s\\n\' "$@" > "$last"')
+        steps = [
+            {"name": "a", "command": "convert", "extension": "gif",
+             "options": "-size '10 x' ; $(id)"},
+            {"name": "b", "command": "convert", "extension": "png", "input": "a"},
+        ]  # fmt: skip
+        store = f"local_storage_path={self.directory()}"
+        job = ["--set", store, "--run", "graphics_magick", "LICENSE", "--options"]
+        done = self.job(*job, json.dumps({"steps": steps}), path=path)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        ((urls),) = json.loads(done.stdout)
+        words = (
+            crowdnode.read_file(crowdnode.local_path(urls["a"])).decode().split("\n")
+        )
+        self.assertEqual(words[:5], ["convert", "-size", "10 x", ";", "$(id)"])
+        self.assertEqual(os.path.basename(words[5]), "LICENSE")
+        words = (
+            crowdnode.read_file(crowdnode.local_path(urls["b"])).decode().split("\n")
+        )
+        self.assertEqual(list(map(os.path.basename, words[1:3])),
+                         ["LICENSE_a.gif", "LICENSE_b.png"])  # fmt: skip
+
+    def test_what_graphics_magick_can_not_do_is_said(self) -> None:
+        path = self.programs(gm="true")
+        step = {"name": "a", "command": "convert", "extension": "gif"}
+        store = f"local_storage_path={self.directory()}"
+        job = ["--set", store, "--set", "work_unit_retries=1", "--run"]
+        job += ["graphics_magick", "LICENSE", "--options"]
+        for options, message in (
+            ({"steps": [{**step, "input": "c"}]}, "its input c is no earlier step"),
+            ({"steps": [{**step, "input": ["c"]}]}, "its input ['c'] is no earlier"),
+            ({"steps": [{**step, "extension": "../x"}]}, "of letters, digits, _ and -"),
+            ({"steps": [{**step, "options": "'"}]}, "No closing quotation"),
+            ({"steps": {}}, "the option steps is not a list"),
+        ):
+            with self.subTest(options):
+                done = self.job(*job, json.dumps(options), path=path)
+                self.assertEqual(done.returncode, 1)
+                self.assertIn(message, done.stderr)
+        if not crowdnode.program_path("gm"):
+            done = self.job(*job, "{}")
+            self.assertIn("no such action", done.stderr)
+
+    def test_process_pdfs_splits_into_batches_and_merges_to_one_archive(self) -> None:
+        path = self.pdf_programs()
+        images = [{"name": "small", "extension": "gif"}]
+        done = self.job(
+            "--set", f"local_storage_path={self.directory()}", "--run", "process_pdfs",
+            "LICENSE", "--options", json.dumps({"batch_size": 2, "images": images}),
+            path=path,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr)
+        (url,) = json.loads(done.stdout)
+        with tarfile.open(crowdnode.local_path(url)) as archive:
+            files = [item.name for item in archive if item.isfile()]
+            full = archive.extractfile("LICENSE/text/full/LICENSE.txt")
+            assert full
+            self.assertEqual(full.read(), b"page 1\npage 2\npage 3\n")
+        pages = [f"LICENSE/text/pages/LICENSE_0000{n}.txt" for n in (1, 2, 3)]
+        small = [f"LICENSE/images/small/LICENSE_0000{n}.gif" for n in (1, 2, 3)]
+        wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
+        self.assertEqual(sorted(files), wanted)
+
+    def test_what_process_pdfs_can_not_do_is_said(self) -> None:
+        path = self.pdf_programs()
+        alike = os.path.join(self.directory(), "LICENSE")
+        shutil.copyfile(os.path.join(HERE, "LICENSE"), alike)
+        job = ["--set", f"local_storage_path={self.directory()}"]
+        job += ["--set", "work_unit_retries=1", "--run", "process_pdfs"]
+        page = json.dumps({"images": [{"name": "10000", "extension": "gif"}]})
+        for arguments, message in (
+            (["LICENSE", alike], "two inputs are named alike: LICENSE_00001.txt"),
+            (["LICENSE", "--options", page], "the image name 10000 is like a page's"),
+            (["LICENSE", "--options", '{"batch_size": 0}'], "is no number from 1: 0"),
+            (["--strings", "x"], "the input is no URL of a PDF"),
+        ):
+            with self.subTest(arguments):
+                done = self.job(*job, *arguments, path=path)
+                self.assertEqual((done.returncode, done.stdout), (1, "[]\n"))
+                self.assertIn(message, done.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Loading actions
+# ---------------------------------------------------------------------------
+
+
 class Loading(CrowdTest):
     def test_what_does_not_load_is_left_out_and_said_and_the_node_starts(self) -> None:
         node = self.node(
@@ -2695,372 +1754,160 @@ class Loading(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# What dies, and what becomes of it
+# Worker
 # ---------------------------------------------------------------------------
 
 
-class Recovery(CrowdTest):
-    def test_a_dead_fork_server_is_replaced_and_its_workers_go_on(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        pid = node.take(unit(1, "sleeper", "1"))
-        old = node.fork_server
-        os.kill(old, signal.SIGKILL)
-        wait_for(lambda: node.fork_server != old, "another")
-        wait_for(lambda: not node.status()["overloaded"], "it takes work")
-        wait_for(lambda: len(central.check_ins()) == 2, "a check-in")
-        self.assertEqual(node.take(unit(1, "sleeper", "1")), pid, "it has that one")
-        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
-        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
-        self.assertEqual(central.reports(1)[0]["pid"], str(pid))
-        self.assertEqual(node.status()["fork_server"]["restarts"], 1)
+class Workers(SharedNode):
+    """What surrounds an action while it runs, and how its end is told."""
 
-    def test_an_action_that_loaded_before_is_waited_for(self) -> None:
-        node = self.node(constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.1})
-        path = node.path("actions", "echo.py")
-        os.rename(path, node.path("hidden"))
-        os.kill(node.fork_server, signal.SIGKILL)
-        wait_for(lambda: node.said("echo did not load"), "a try")
-        self.assertEqual(node.post(unit(1, "echo"))[0], 503)
-        os.rename(node.path("hidden"), path)
-        wait_for(lambda: not node.status()["overloaded"], "another fork server")
-        self.assertEqual(node.do(unit(1, "echo")), ("succeeded", "x"))
+    options = MIXED_NODE
 
-    def test_an_orphan_keeps_its_time_limit_and_its_death_is_noticed(self) -> None:
-        central = self.central()
-        limit = {"action sleeper": "time_limit = 1"}
-        node = self.node(central, **limit)
-        node.take(unit(1, "sleeper", "60"))
-        killed = node.take(unit(2, "sleeper", "60"))
-        os.kill(node.fork_server, signal.SIGKILL)
-        os.kill(killed, signal.SIGKILL)
-        self.assertEqual(central.outcome(1), ("failed", "time_limit of 1 s exceeded"))
-        outcome = central.outcome(2)
-        self.assertEqual(outcome, ("failed", "the worker died while nobody watched it"))
+    def do(self, what: str, **more: Any) -> tuple[str, Any]:
+        """What the action ``mixed`` makes of a unit."""
+        more.setdefault("options", {})["do"] = what
+        return self.shared.do(unit(self.new_id(), "mixed", **more))
 
-    def test_an_orphan_whose_record_is_spoilt_ends_all_the_same(self) -> None:
-        node = self.node()
-        pid = node.take(unit(1, "sleeper", "60"))
-        os.kill(node.fork_server, signal.SIGKILL)
-        wait_for(lambda: node.said("work is taken again") == 2, "another is there")
-        with open(node.path("state", "units", "1"), "ab") as file:
-            file.write(b"nonsense\n")
-        os.kill(pid, signal.SIGKILL)
-        self.assertEqual(node.central.outcome(1)[0], "failed")
-        node.settled()
+    def test_a_worker_leads_its_own_session_and_is_no_child_of_the_node(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "sleeper", "0.3"))
+        wait_for(lambda: os.getsid(pid) == pid, "a session of its own")
+        fork_server = self.shared.fork_server
+        parent = subprocess.check_output(["ps", "-o", "ppid=", "-p", str(pid)])
+        self.assertEqual(int(parent), fork_server)
+        self.assertNotEqual(fork_server, self.shared.pid)
+        self.shared_central.outcome(id)
 
-    def test_a_unit_that_is_withdrawn_while_it_starts_is_answered_and_forgotten(
-        self,
-    ) -> None:
-        config = crowdnode.load_config("", [("state_path", self.directory())])
-        os.mkdir(config.units_path)
-        reports: list[crowdnode.Unit] = []
-        crowdnode.set_up_log(os.devnull, "info")
-        overload, tally = crowdnode.Overload(), crowdnode.Tally()
-        units = crowdnode.Units(config, overload, tally, reports.append)
-        head = crowdnode.record_head(unit(1), "digest")
-        entry = crowdnode.Unit(head, config)
-        entry.replies_due = 1
-        units.add(entry)
-        units.withdraw(entry)
-        self.assertTrue(entry.answered.is_set(), "nobody waits for it")
-        self.assertIsNotNone(entry.refusal)
-        units.end(entry)
-        units.replied(entry, True)
-        self.assertEqual((units.by_name, reports), ({}, []))
+    def test_a_worker_is_as_nice_as_configured(self) -> None:
+        self.assertEqual(self.do("is_nice"), ("succeeded", os.nice(0) + 7))
 
-    def test_a_child_that_holds_the_lock_of_a_dead_orphan_does_not_keep_it_alive(
-        self,
-    ) -> None:
-        forks = ECHO.replace("return self.input", "os.fork(); time.sleep(60)")
-        central = self.central()
-        node = self.node(central, actions={"forks.py": forks.replace("Echo", "Forks")})
-        pid = node.take(unit(1, "forks"))
-        wait_for(lambda: len(our_processes()) == 4, "the child is there")
-        os.kill(node.fork_server, signal.SIGKILL)
-        wait_for(lambda: not node.status()["overloaded"], "another is there")
-        os.kill(pid, signal.SIGKILL)
-        self.assertEqual(central.outcome(1)[0], "failed")
-        wait_for(lambda: len(our_processes()) == 2, "the child is gone")
-
-    def test_a_loop_that_is_hurried_stays_one_loop(self) -> None:
-        steps: list[int] = []
-        loop = crowdnode.Repeater(lambda: steps.append(1), 60)
-        timers = threading.active_count()
-        loop.start()
-        for _ in range(2000):
-            loop.soon()
-        wait_for(lambda: steps, "a step")
-        wait_for(lambda: threading.active_count() == timers + 1, "one timer is left")
-        loop.stop()
-        wait_for(lambda: threading.active_count() == timers, "none is left")
-
-    def test_after_a_kill_of_the_node_the_next_one_settles_everything(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        running = node.take(unit(1, "sleeper", "2"))
-        killed = node.take(unit(2, "sleeper", "60"))
-        node.take(unit(3, "sleeper", "0.1"))
-        central.stop()
-        wait_for(
-            lambda: node.said("unit 3 (sleeper, process): central has not"), "3 waits"
-        )
-        node.kill()
-        os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: not alive(killed), "it is dead")
-        central.start()
-        node.start()
-        self.assertEqual(central.outcome(3), ("succeeded", "slept"))
-        self.assertEqual(central.outcome(2)[0], "failed")
-        self.assertEqual(node.take(unit(1, "sleeper", "2")), running, "it has that one")
-        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
-        self.assertEqual(central.told("DELETE", "/node"), [], "a worker lived")
-        self.assertEqual([len(central.reports(id)) for id in (1, 2, 3)], [1, 1, 1])
-        node.settled()
-
-    def test_a_start_after_an_unclean_end_checks_out_before_it_checks_in(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        node.take(unit(1, "sleeper", "60"))
-        node.kill()
-        for line in our_processes():
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-        wait_for(lambda: not our_processes(), "all are dead")
-        del central.calls[:]
-        node.start()
-        methods = [(method, path[:6]) for method, path, _ in central.calls]
-        wanted = [("PUT", "/work/"), ("DELETE", "/node/"), ("PUT", "/node/")]
-        self.assertEqual(methods, wanted)
-        node.stop()
-        del central.calls[:]
-        node.start()
-        self.assertEqual([call[0] for call in central.calls], ["PUT"], "it was clean")
-
-    def test_a_death_that_is_reported_again_is_reported_the_same(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        central.fail(500, "/work/1")
-        pid = node.take(unit(1, "sleeper", "60"))
-        os.kill(pid, signal.SIGABRT)
-        self.assertIn("killed by SIGABRT", central.outcome(1)[1])
-        node.kill()
-        central.recover()
-        node.start()
-        first, second = central.reports(1)
-        self.assertEqual(first, second)
-
-    def test_an_outcome_that_is_cut_short_does_not_count(self) -> None:
-        head = b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
-        head += b'"process", "attempts": 0, "digest": "d", "started": 1.0}\npid 9\n'
-        cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"x')
-        self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, False))
-        cut = crowdnode.parse_record(head + b'succeeded 0.1 {"output":"xwithdrawn\n')
-        self.assertEqual((cut.pid, cut.outcome, cut.withdrawn), (9, None, True))
-        for odd in (
-            b'succeeded 0.1 {"output":"x\n',
-            b'failed x {"output":"x"}\n',
-            b"failed 0.1 {}\n",
-            b"nonsense\n",
-        ):
-            with self.assertRaises(crowdnode.OddRecord):
-                crowdnode.parse_record(head + odd)
-
-    def test_the_fork_server_outlives_the_node_until_its_last_worker_has_ended(
-        self,
-    ) -> None:
-        node = self.node()
-        fork_server = node.fork_server
-        pid = node.take(unit(1, "sleeper", "0.5"))
-        node.kill()
-        self.assertTrue(alive(fork_server) and alive(pid))
-        wait_for(lambda: not alive(fork_server), "it ends")
-        self.assertFalse(alive(pid))
-        node.start()
-        self.assertEqual(node.central.outcome(1), ("succeeded", "slept"))
-
-    def test_odd_records_do_not_stop_the_start(self) -> None:
-        node = self.prepared()
-        units = node.path("state", "units")
-        os.makedirs(units)
-        head = b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
-        head += b'"process", "attempts": 0, "digest": "d", "started": 1.0}\n'
-        for name, data in (
-            ("1", b""),
-            ("2", head[:40]),
-            ("3", head.replace(b"4", b"3")),
-            ("4", head + b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'),
-            ("5", b"crowdnode-unit 99 of the future\n"),
-            ("12", b"crowdnode-unit 2 of the future\n"),
-            ("6", b"crowdnode-unit 1 [nonsense]\n"),
-            ("7", os.urandom(1000) + b"\n"),
-            ("10", head + b"pid 999999\n"),
-            ("11", b"crowdnode-unit 1 {}\n"),
-            ("8", head.replace(b"4", b"8") + b"pid 999999\nwithdrawn\n"),
-            ("13", head.replace(b"process", b"dream")),
-            ("14.out", b"of a unit that is not there"),
-        ):
-            with open(os.path.join(units, name), "wb") as file:
-                file.write(data)
-        os.mkdir(os.path.join(units, "9"))
-        node.start()
-        self.assertEqual(node.central.outcome(4), ("succeeded", "found"))
-        self.assertEqual(node.central.reports(4)[0]["time"], "1.5")
-        wait_for(lambda: not os.path.exists(os.path.join(units, "4")), "it is settled")
+    def test_the_work_directory_is_current_private_and_gone_afterwards(self) -> None:
+        status, (here, work_directory, mode, files) = self.do("directory")
+        self.assertEqual((status, here), ("succeeded", work_directory))
+        self.assertEqual((mode, sorted(files)), (0o700, ["deep", "scratch"]))
         self.assertEqual(
-            sorted(node.units()),
-            ["10.odd", "11.odd", "12", "13.odd", "5", "6.odd", "7.odd", "9.odd"],
+            here, self.shared.path("state", "work", "mixed", f"unit_{self.next_id}")
         )
-        for name in ("5", "12"):  # another version's, and said once
-            self.assertEqual(node.said(f"units/{name} is left alone: it is of"), 1)
-        reported = [path for _, path, _ in node.central.calls if "/work/" in path]
-        self.assertEqual(reported, ["/work/4"])
-        self.assertEqual(node.do(unit(5)), ("succeeded", "x"))
-        self.assertIn("5.odd", node.units())  # out of the way of a unit of its name
+        self.assertFalse(os.path.exists(here))
 
-    def test_a_stopped_fork_server_is_refused_for_and_replaced(self) -> None:
-        constants = {"START_DEADLINE": 0.3, "PROBE_DEADLINE": 0.5, "SEND_DEADLINE": 1}
-        for size in (1, 2000000):  # the second can't even be sent
-            with self.subTest(size):
-                central = self.central()
-                node = self.node(central, constants=constants)
-                fork_server = node.fork_server
-                os.kill(fork_server, signal.SIGSTOP)
-                status, _, body = node.post(unit(1, input="x" * size))
-                self.assertEqual((status, body), (503, b"Node Overloaded"))
-                wait_for(lambda: node.said("work is refused: the fork server"), "why")
-                wait_for(lambda: not node.status()["overloaded"], "another works")
-                self.assertNotEqual(node.fork_server, fork_server)
-                self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
-                self.assertEqual(central.check_ins()[-1]["busy"], "false")
-                self.assertGreater(len(central.check_ins()), 1)
+    def test_directories_of_any_depth_are_removed_and_the_report_comes_once(
+        self,
+    ) -> None:
+        self.assertEqual(self.do("goes_deep"), ("succeeded", None))
+        work = self.shared.path("state", "work", "mixed")
+        wait_for(lambda: not os.listdir(work), "all of it is gone")
+        self.shared.settled()
+        outcome = self.shared.do(unit(self.new_id(), "a" * 300))
+        self.assertEqual(outcome[0], "failed")
+        self.shared.settled()
+        self.assertEqual(len(self.shared_central.reports(self.next_id)), 1)
 
-    def test_a_full_disk_is_a_refusal_that_ends(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        units = node.path("state", "units")
-        if os.getuid() == 0:
-            size = "size=64k,mode=0700"
-            command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", units]
-            if subprocess.call(command, stderr=subprocess.DEVNULL):
-                self.skipTest("can't mount a small disk")
-            self.addCleanup(subprocess.call, ["umount", "-l", units])
-            filler = os.path.join(units, ".filler")
-            with open(filler, "wb", 0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
-            path, repair = filler, crowdnode.remove_file
-            reason = "No space left on device"
-        else:
-            os.chmod(units, 0o500)
-            path, repair = units, functools.partial(os.chmod, mode=0o700)
-            reason = "Permission denied"
-        status, _, body = node.post(unit(1))
-        self.assertEqual((status, body), (503, b"Node Overloaded"))
-        self.assertIn(f"can't start a worker: {reason}", node.status()["reason"])
-        repair(path)
-        wait_for(lambda: len(central.check_ins()) == 2, "a check-in when it is over")
-        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
-        node.settled()
+    def test_what_a_killed_worker_leaves_in_its_work_directory_is_removed(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "mixed", options={"do": "sleeps_with_files"}))
+        work = self.shared.path("state", "work", "mixed")
+        locked = os.path.join(work, f"unit_{id}", "locked")
+        wait_for(lambda: os.path.exists(locked), "the files are there")
+        os.kill(pid, signal.SIGKILL)
+        self.shared_central.outcome(id)
+        wait_for(lambda: not os.listdir(work), "all of it is gone")
 
-    def test_a_stop_waits_for_units_and_a_second_signal_does_not(self) -> None:
-        central = self.central()
-        node = self.node(central, drain_time=30)
-        node.take(unit(1, "sleeper", "0.5"))
-        os.kill(node.pid, signal.SIGTERM)
-        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
-        self.assertEqual(node.wait(), 0)
-        self.assertEqual(central.calls[-1][0], "DELETE")
-        node.start()
-        pid = node.take(unit(2, "sleeper", "60"))
-        os.kill(node.pid, signal.SIGTERM)
-        wait_for(lambda: node.said("1 units are running") == 2, "it waits again")
-        self.assertEqual(node.post(unit(3))[0], 503)
-        os.kill(node.pid, signal.SIGINT)
-        self.assertEqual(node.wait(), 0)
-        self.assertFalse(alive(pid))
-        self.assertEqual(central.calls[-1][0], "DELETE")
-        self.assertEqual(central.reports(2), [], "central has given it to another")
-        self.assertEqual(node.units(), [])
+    def test_what_a_worker_leaves_running_is_ended(self) -> None:
+        def pids() -> set[str]:
+            return {line.split()[0] for line in our_processes()}
 
-    def test_a_check_out_that_fails_is_owed_until_it_succeeds(self) -> None:
-        central = self.central()
-        node = self.node(central)
-        node.take(unit(1, "sleeper", "60"))
-        central.stop()
-        node.stop()
-        self.assertEqual(node.said("can't check out"), 1)
-        central.start()
-        del central.calls[:]
-        central.fail(500, "/node/", "DELETE")
-        node.start(wait=False)
-        wait_for(node.ended, "a start that fails")
-        self.assertEqual(central.check_ins(), [])
-        # Central has not let go of the unit, so it was told.
-        status, output = central.outcome(1)
+        before = pids()
+        self.do("leaves_a_child")
+        wait_for(lambda: pids() <= before, "the child is gone")
+
+    def test_what_an_action_prints_is_in_the_log_with_its_pid(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "mixed", options={"do": "prints"}))
+        self.shared_central.outcome(id)
+        for text in ("to standard output \u2603", "to standard error", "from a child"):
+            self.assertIn(f" worker[{pid}] output: {text}\n", self.shared.log())
+
+    def test_of_much_that_is_printed_the_log_has_the_end(self) -> None:
+        self.do("prints_much")
+        self.assertTrue(self.shared.said("output: line 39999"))
+        self.assertNotIn("output: line 1000\n", self.shared.log())
+
+    def test_a_message_cannot_forge_lines_of_the_log(self) -> None:
+        self.do("forges")
+        wait_for(lambda: self.shared.said("ValueError: one"), "the log has it")
+        self.assertIn(
+            "\n    2026-01-01 00:00:00 node[1] info: two?[2J", self.shared.log()
+        )
+
+    def test_an_action_that_this_node_lacks_is_accepted_and_reported_failed(
+        self,
+    ) -> None:
+        for action in ("nosuch", "../../etc", "a/b", ""):
+            with self.subTest(action):
+                status, output = self.shared.do(unit(self.new_id(), action))
+                self.assertEqual(status, "failed")
+                self.assertIn(f"this node has no action named {action}", output)
+
+    def test_a_stage_that_the_action_lacks_is_reported_failed(self) -> None:
+        id = self.new_id()
+        outcome = self.shared.do(unit(id, status=crowdnode.SPLITTING))
+        self.assertEqual(outcome, ("failed", "the action echo does not define split"))
+
+    def test_a_failure_says_what_and_where_and_the_log_has_the_traceback(self) -> None:
+        id = self.new_id()
+        outcome = self.shared.do(unit(id, "broken"))
+        self.assertEqual(
+            outcome, ("failed", "ValueError: it broke (broken.py, line 6, in process)")
+        )
+        self.assertIn("output: Traceback", self.shared.log())
+
+    def test_an_action_that_ends_its_process_is_reported(self) -> None:
+        for what, reason in (
+            ("leaves", "the worker died: exit status 3"),
+            ("exits", "SystemExit: enough (mixed.py, line "),
+        ):
+            with self.subTest(what):
+                status, output = self.do(what)
+                self.assertEqual(status, "failed")
+                self.assertIn(reason, output)
+
+    def test_a_worker_that_is_killed_is_reported_with_the_signal_and_its_words(
+        self,
+    ) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "talker"))
+        printed = self.shared.path("state", "units", f"{id}.out")
+        wait_for(lambda: os.stat(printed).st_size, "it has said something")
+        os.kill(pid, signal.SIGKILL)
+        status, output = self.shared_central.outcome(id)
         self.assertEqual(status, "failed")
-        self.assertIn("killed by SIGTERM", output)
-        central.recover()
-        node.start()
-        calls = [call[0] for call in central.calls if "/node/" in call[1]]
-        self.assertEqual(calls[-2:], ["DELETE", "PUT"])
-        self.assertEqual(len(central.reports(1)), 1)
+        self.assertIn("the worker died: killed by SIGKILL", output)
+        self.assertIn("; its last words: almost done", output)
 
-    def test_a_death_that_cannot_be_written_down_is_not_reported_yet(self) -> None:
-        if not hasattr(resource, "prlimit"):
-            self.skipTest("needs prlimit")
-        node = self.node(constants={"RETRY_WAIT": 0.1})
-        pid = node.take(unit(1, "sleeper", "60"))
-        with no_room(node.pid):
-            os.kill(pid, signal.SIGKILL)
-            known = wait_for(lambda: node.status()["unreported"], "its end is known")
-            self.assertEqual(known, 1)
-            since = node.status()["uptime"]
-            wait_for(lambda: node.status()["uptime"] > since + 0.5, "several tries")
-            self.assertEqual(node.central.reports(1), [])
-        self.assertIn("killed by SIGKILL", node.central.outcome(1)[1])
-        node.settled()
-        self.assertEqual(len(node.central.reports(1)), 1)
+    def test_a_unit_over_its_limits_of_memory_or_files_fails(self) -> None:
+        for what, reason in (
+            ("writes", "File too large"),
+            *([("eats", "memory_limit is 500 MB")] if sys.platform == "linux" else []),
+        ):
+            with self.subTest(what):
+                status, output = self.do(what)
+                self.assertEqual(status, "failed")
+                self.assertIn(reason, output)
 
-    def test_a_death_is_told_in_the_same_words_for_ever(self) -> None:
-        if not hasattr(resource, "prlimit"):
-            self.skipTest("needs prlimit")
-        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.1}
-        node = self.node(constants=constants)
-        node.central.fail(500, "/work/1")
-        pid = node.take(unit(1, "sleeper", "60"))
-        with no_room(node.pid):
-            os.kill(pid, signal.SIGKILL)
-            node.central.outcome(1)  # it was given up to write its end down
-        wait_for(lambda: b"failed" in node.record(1), "it can be written down")
-        told = len(node.central.reports(1))
-        wait_for(lambda: len(node.central.reports(1)) > told + 1, "more reports")
-        node.central.recover()
-        node.settled()
-        outputs = {fields["output"] for fields in node.central.reports(1)}
-        words = '{"output":"the worker died while nobody watched it"}'
-        self.assertEqual(outputs, {words})
+    def test_a_time_limit_ends_a_unit_and_is_named(self) -> None:
+        outcome = self.shared.do(unit(self.new_id(), "sleeper", "60"))
+        self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
 
-    def test_a_record_that_cannot_be_removed_does_not_hold_up_a_start(self) -> None:
-        node = self.prepared()
-        units = node.path("state", "units")
-        os.makedirs(os.path.join(units, "4.out"))
-        with open(os.path.join(units, "4"), "wb") as file:
-            file.write(
-                b'crowdnode-unit 1 {"id": 4, "job_id": 1, "action": "echo", "stage": '
-                b'"process", "attempts": 0, "digest": "d", "started": 1.0}\n'
-                b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'
-            )
-        node.start()
-        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
-        os.rmdir(os.path.join(units, "4.out"))
-        node.settled()
-        self.assertEqual(len(node.central.reports(4)), 1)
+    def test_benchmark_in_the_options_logs_the_time_it_took(self) -> None:
+        self.shared.do(unit(self.new_id(), options={"benchmark": True}))
+        wait_for(
+            lambda: self.shared.said("output: benchmark: "), "the benchmark's line"
+        )
 
 
 # ---------------------------------------------------------------------------
-# Daemon
+# Fork server
 # ---------------------------------------------------------------------------
-
 
 ROGUE = """
 import os, shutil, signal, sys, threading, time
@@ -3108,7 +1955,7 @@ class Rogue(Action):
         self.ignore_term()
 
     def print_much(self):
-        for _ in range(200):
+        for _ in range(100):
             os.write(1, b"much " * 200_000)
         return "printed"
 
@@ -3386,22 +2233,1300 @@ class SystemCalls(CrowdTest):
             self.play(scenario)
         self.arm("")
 
-    def test_each_can_fail_once_and_every_unit_is_answered_for(self) -> None:
-        tried: set[str] = set()
-        for scenario in (self.plain, self.executable, self.killed, self.superseded):
-            for place in self.places(scenario):
-                for fault in FAULTS if place not in tried else ():
-                    self.fail_at(place, fault, scenario)
-                tried.add(place)
-        self.assertGreater(len(tried), 30)
+    def fail_each(self, scenario: Callable[[int], None], *faults: str) -> None:
+        """Have each call of this scenario fail in each of these ways; those that a
+        plain unit takes too have their own tests."""
+        places = set(self.places(scenario))
+        if scenario != self.plain:
+            places -= set(self.places(self.plain))
+        self.assertGreater(len(places), 2)
+        for place in sorted(places):
+            for fault in faults:
+                self.fail_at(place, fault, scenario)
         self.assertNotIn("Traceback", self.subject.log())
         self.assertEqual(self.subject.status()["fork_server"]["restarts"], 0)
 
-    def test_each_can_fail_once_while_a_fork_server_is_replaced(self) -> None:
-        for number, place in enumerate(self.places(self.orphaned)):
+    def test_where_there_is_no_room_every_unit_is_answered_for(self) -> None:
+        self.fail_each(self.plain, "ENOSPC", "EMFILE")
+
+    def test_where_it_is_denied_every_unit_is_answered_for(self) -> None:
+        self.fail_each(self.plain, "EACCES", "EIO")
+
+    def test_where_it_might_work_later_every_unit_is_answered_for(self) -> None:
+        self.fail_each(self.plain, "EAGAIN", "EINTR")
+
+    def test_a_program_is_answered_for(self) -> None:
+        self.fail_each(self.executable, *FAULTS)
+
+    def test_a_worker_that_dies_is_answered_for(self) -> None:
+        self.fail_each(self.killed, *FAULTS)
+
+    def test_a_unit_in_the_place_of_another_is_answered_for(self) -> None:
+        self.fail_each(self.superseded, *FAULTS)
+
+    def fail_while_replaced(self, part: int) -> None:
+        """Every third place, in one of the ways."""
+        for number, place in list(enumerate(self.places(self.orphaned)))[part::3]:
             self.fail_at(place, FAULTS[number % len(FAULTS)], self.orphaned)
         self.assertFalse(self.subject.said("no action named"))
         self.assertNotIn("Traceback", self.subject.log())
+
+    def test_while_a_fork_server_is_replaced_a_unit_is_answered_for(self) -> None:
+        self.fail_while_replaced(0)
+
+    def test_while_one_is_replaced_a_unit_is_answered_for_at_other_places(self) -> None:
+        self.fail_while_replaced(1)
+
+    def test_while_one_is_replaced_a_unit_is_answered_for_at_the_rest(self) -> None:
+        self.fail_while_replaced(2)
+
+
+# ---------------------------------------------------------------------------
+# Central
+# ---------------------------------------------------------------------------
+
+
+class Client(CrowdTest):
+    """What central is told, and what its answers mean."""
+
+    def reporter(self, url: str) -> Callable[[], bool]:
+        """Reports something to the central at *url*."""
+        config = crowdnode.load_config("", [("central_server", url)])
+        outcome = crowdnode.Outcome("succeeded", "0.1", b'{"output":1}')
+        return lambda: crowdnode.Central(config, 9063).report("1", 2, outcome)
+
+    def test_forms_are_encoded_as_the_standard_library_does(self) -> None:
+        for value in (b"", b"a b+c&d=e%20", bytes(range(256)), "\u20ac\n".encode()):
+            self.assertEqual(
+                crowdnode.form_encoded([("name", value), ("x", b"y")]).decode(),
+                urllib.parse.urlencode([("name", value), ("x", b"y")]),
+            )
+
+    def test_an_interim_answer_is_no_answer(self) -> None:
+        interim = (
+            b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"
+        )
+        with web_server(lambda handler: handler.wfile.write(interim)) as url:
+            self.assertTrue(self.reporter(url)())
+
+    def test_what_never_connected_was_not_received(self) -> None:
+        with socket.socket() as full, contextlib.ExitStack() as stack:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            for _ in range(3):  # nobody accepts, so the next to come must wait
+                other = stack.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(full.getsockname())
+            url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            hasty = unittest.mock.patch.object(crowdnode, "CONNECT_DEADLINE", 0.1)
+            with hasty, self.assertRaises(crowdnode.CentralError) as caught:
+                self.reporter(url)()
+            self.assertTrue(caught.exception.unreached, str(caught.exception))
+
+    def test_what_is_no_http_is_said(self) -> None:
+        for answer, said in ((b"", "closed the connection"), (b"SSH-2.0\r\n", "SSH")):
+            wrong = self.assertRaisesRegex(crowdnode.CentralError, said)
+            with web_server(lambda handler: handler.wfile.write(answer)) as url, wrong:
+                self.reporter(url)()
+
+    def test_each_dialect_is_found_from_either_kind_of_central(self) -> None:
+        for seed, paths in (
+            (True, ["/node/node1.example"]),
+            (False, ["/node/node1.example", "/node/node1.example:{port}"]),
+        ):
+            with self.subTest(seed=seed):
+                central = self.central(seed=seed)
+                node = self.node(
+                    central, dialect="auto", host="node1.example", tag="red"
+                )
+                port = node.port
+                calls = [path for method, path, _ in central.calls if method == "PUT"]
+                self.assertEqual(calls, [path.format(port=port) for path in paths])
+                names = "broken,echo,pieces,sleeper,waiter,word_count"
+                wanted = {
+                    "busy": "false",
+                    "max_workers": "50",
+                    "enabled_actions": names,
+                }
+                wanted.update({"port": str(port)} if seed else {"tag": "red"})
+                self.assertEqual(central.check_ins()[-1], wanted)
+                self.assertEqual(
+                    node.status()["central"]["dialect"], "seed" if seed else "0.5"
+                )
+                node.stop()
+                self.assertEqual(central.calls[-1][:2], ("DELETE", calls[-1]))
+
+    def test_a_pinned_dialect_is_the_only_one_that_is_spoken(self) -> None:
+        for dialect, other in (("seed", False), ("0.5", True)):
+            with self.subTest(dialect):
+                central = self.central(seed=other)
+                node = self.prepared(central, dialect=dialect).start(wait=False)
+                wait_for(node.ended, "the start fails")
+                self.assertEqual(len(central.check_ins()), 1)
+
+    def test_a_limit_or_tag_that_there_is_not_is_left_out(self) -> None:
+        central = self.central()
+        self.node(central, max_workers=0)
+        self.assertEqual(set(central.check_ins()[0]), {"busy", "enabled_actions"})
+
+    def test_a_wrong_password_is_said_as_such_with_the_keys_names(self) -> None:
+        central = self.central(login="ali ce:s3cr:et")
+        wrong = {"http_authentication": "yes", "login": "ali ce", "password": "guess"}
+        done = self.prepared(central, **wrong).run()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("401", done.stderr)
+        self.assertIn("check login and password in", done.stderr)
+        done = self.prepared(central).run()
+        self.assertIn("check http_authentication, login and password in", done.stderr)
+        self.assertNotIn("guess", done.stderr)
+
+    def test_both_sides_use_the_password(self) -> None:
+        central = self.central(login="ali ce:s3cr:et")
+        secret = {
+            "http_authentication": "yes",
+            "login": "ali ce",
+            "password": "s3cr:et",
+        }
+        node = self.node(central, **secret)
+        right = "Authorization: Basic YWxpIGNlOnMzY3I6ZXQ=\r\n"
+        self.assertEqual(node.post(unit())[0], 401)
+        self.assertEqual(node.send(work_request(unit(), right))[0], 200)
+        self.assertEqual(central.outcome(1), ("succeeded", "x"))
+        node.stop()
+        self.assertEqual(central.calls[-1][0], "DELETE")
+
+
+# ---------------------------------------------------------------------------
+# Surroundings
+# ---------------------------------------------------------------------------
+
+
+class Surroundings(CrowdTest):
+    def test_a_directory_that_cannot_be_used_is_named_with_its_key(self) -> None:
+        node = self.prepared()
+        for key in ("state_path", "temp_storage_path", "local_storage_path"):
+            with self.subTest(key):
+                done = node.run("--set", f"{key}=/dev/null/x")
+                self.assertEqual(done.returncode, 1)
+                self.assertIn("/dev/null", done.stderr)
+                self.assertIn(key.replace("local_storage_path", "storage"), done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_state_path_that_is_a_file_is_said_without_a_traceback(self) -> None:
+        node = self.prepared()
+        shutil.rmtree(node.path("state"))
+        with open(node.path("state"), "w"):
+            pass
+        for command in ("--status", "--stop", "--reload", "--daemon"):
+            done = node.run(command)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("state_path: can't use", done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_directory_that_others_can_write_to_is_refused(self) -> None:
+        node = self.prepared(temp_storage_path="work")
+        os.mkdir(node.path("work"))
+        for key, path, mode in (
+            ("temp_storage_path", node.path("work"), 0o1777),
+            ("state_path", node.path("state"), 0o770),
+        ):
+            os.chmod(path, mode)
+            done = node.run("--daemon")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(f"{key}: others can write to {path}: chmod 700", done.stderr)
+            os.chmod(path, 0o700)
+        self.assertEqual(node.run("--daemon").returncode, 0)
+
+    def test_a_state_directory_that_others_can_look_into_is_warned_of(self) -> None:
+        node = self.prepared()
+        os.chmod(node.path("state"), 0o755)
+        node.start()
+        self.assertEqual(node.said("state_path: others can look into"), 1)
+
+    def test_a_reload_refuses_directories_that_a_start_would_refuse(self) -> None:
+        node = self.daemon()
+        os.mkdir(node.path("shared"))
+        os.chmod(node.path("shared"), 0o777)
+        node.write_config(temp_storage_path="shared")
+        os.kill(node.daemon_pid, signal.SIGHUP)
+        wait_for(lambda: node.said("not reloaded, all stays as it was: "), "it is said")
+        self.assertEqual(node.said("temp_storage_path: others can write to"), 1)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        self.assertEqual(os.listdir(node.path("shared")), [])
+
+
+# ---------------------------------------------------------------------------
+# Node: its tools
+# ---------------------------------------------------------------------------
+
+
+class Tools(CrowdTest):
+    """When work is refused; the loops; the log."""
+
+    def assert_refused(self, node: NodeProcess, reason: str) -> None:
+        status, _, body = node.post(unit(99))
+        self.assertEqual((status, body), (503, b"Node Overloaded"))
+        document = node.status()
+        self.assertTrue(document["overloaded"])
+        self.assertIn(reason, document["reason"])
+        self.assertEqual(node.said(f"work is refused: {document['reason']}"), 1)
+
+    def test_max_load_refuses_and_its_end_is_checked_in(self) -> None:
+        env = self.fake_uptime('cat "$D/load"')
+        load = os.path.join(env["D"], "load")
+
+        def set_load(value: str) -> None:
+            with open(load + ".part", "w") as file:
+                file.write(
+                    f" 13:00:00 up 1 day,  1 user,  load average: {value}, 0.1, 0.1"
+                )
+            os.replace(load + ".part", load)
+
+        set_load("7.50")
+        central = self.central()
+        node = self.node(
+            central, env=env, max_load=2.5, constants={"REMINDER_INTERVAL": 0.3}
+        )
+        self.assertEqual(central.check_ins()[0]["busy"], "true")
+        self.assert_refused(node, "7.50 load average, max_load is 2.5")
+        wait_for(lambda: node.said("work is still refused: 7.50") >= 2, "reminders")
+        self.assertEqual(node.status()["load_average"], 7.5)
+        set_load("0.10")
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in at its end")
+        self.assertEqual(central.check_ins()[1]["busy"], "false")
+        self.assertEqual(node.said("over: 7.50 load average"), 1)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+
+    def test_little_memory_refuses_and_its_end_is_checked_in(self) -> None:
+        if not os.path.exists("/proc/meminfo"):
+            self.skipTest("needs /proc/meminfo")
+        for key in ("min_free_memory", "min_available_memory"):
+            with self.subTest(key):
+                central = self.central()
+                node = self.node(central, **{key: 999999})
+                self.assert_refused(node, f"MB of memory, {key} is 999999")
+                node.write_config(**{key: 1})
+                self.assertEqual(node.run("--reload").returncode, 0)
+                wait_for(lambda: node.said("work is taken again"), "it ends")
+                wait_for(
+                    lambda: central.check_ins()[-1]["busy"] == "false", "a check-in"
+                )
+
+    def test_max_workers_refuses_and_room_is_checked_in(self) -> None:
+        central = self.central()
+        node = self.node(central, max_workers=2)
+        pids = [node.take(unit(id, "sleeper", "30")) for id in (1, 2)]
+        self.assert_refused(node, "2 units are running, max_workers is 2")
+        self.assertEqual(
+            node.take(unit(1, "sleeper", "30")), pids[0], "it has that one"
+        )
+        self.assertEqual(len(central.check_ins()), 1)
+        os.kill(pids[0], signal.SIGKILL)
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in when there is room")
+        self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
+        self.assertEqual(node.status()["counts"]["refused"], 1)
+
+    def test_a_loop_that_is_hurried_stays_one_loop(self) -> None:
+        steps: list[int] = []
+        loop = crowdnode.Repeater(lambda: steps.append(1), 60)
+        timers = threading.active_count()
+        loop.start()
+        for _ in range(2000):
+            loop.soon()
+        wait_for(lambda: steps, "a step")
+        wait_for(lambda: threading.active_count() == timers + 1, "one timer is left")
+        loop.stop()
+        wait_for(lambda: threading.active_count() == timers, "none is left")
+
+    def test_log_lines_look_as_they_should(self) -> None:
+        node = self.daemon()
+        pid = node.take(unit(7))
+        node.central.outcome(7)
+        wait_for(lambda: node.said("succeeded after"), "the log has it")
+        self.assertRegex(
+            node.log(),
+            rf"(?m)^[-0-9]{{10}} [:0-9]{{8}} node\[{node.daemon_pid}\] info: "
+            rf"unit 7 \(echo, process\) started as worker {pid}$",
+        )
+
+    def test_files_are_private_and_the_log_is_rotated(self) -> None:
+        constants = {"LOG_SIZE": 2000, "LOGS_KEPT": 2}
+        node = self.daemon(constants=constants)
+        for id in range(30):
+            node.do(unit(id, "sleeper", "0"))
+        worker = node.take(unit(99, "sleeper", "60"))
+        wait_for(
+            lambda: os.path.exists(node.path("state", "work", "sleeper", "unit_99")),
+            "it",
+        )
+        logs = sorted(name for name in os.listdir(node.path("state")) if "log" in name)
+        self.assertEqual(logs, ["node.log", "node.log.1", "node.log.2"])
+        for root, directories, files in os.walk(node.path("state")):
+            for names, wanted in ((directories, 0o700), (files, 0o600)):
+                for name in names:
+                    mode = os.stat(os.path.join(root, name)).st_mode
+                    self.assertEqual(stat.S_IMODE(mode), wanted, name)
+        self.assertEqual(stat.S_IMODE(os.stat(node.path("state")).st_mode), 0o700)
+        os.kill(worker, signal.SIGKILL)
+        node.central.outcome(99)
+
+
+# ---------------------------------------------------------------------------
+# Node: its fork servers
+# ---------------------------------------------------------------------------
+
+
+class ForkServers(CrowdTest):
+    def test_a_dead_fork_server_is_replaced_and_its_workers_go_on(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        pid = node.take(unit(1, "sleeper", "1"))
+        old = node.fork_server
+        os.kill(old, signal.SIGKILL)
+        wait_for(lambda: node.fork_server != old, "another")
+        wait_for(lambda: not node.status()["overloaded"], "it takes work")
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in")
+        self.assertEqual(node.take(unit(1, "sleeper", "1")), pid, "it has that one")
+        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
+        self.assertEqual(central.reports(1)[0]["pid"], str(pid))
+        self.assertEqual(node.status()["fork_server"]["restarts"], 1)
+
+    def test_an_action_that_loaded_before_is_waited_for(self) -> None:
+        node = self.node(constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.1})
+        path = node.path("actions", "echo.py")
+        os.rename(path, node.path("hidden"))
+        os.kill(node.fork_server, signal.SIGKILL)
+        wait_for(lambda: node.said("echo did not load"), "a try")
+        self.assertEqual(node.post(unit(1, "echo"))[0], 503)
+        os.rename(node.path("hidden"), path)
+        wait_for(lambda: not node.status()["overloaded"], "another fork server")
+        self.assertEqual(node.do(unit(1, "echo")), ("succeeded", "x"))
+
+    def test_a_stopped_fork_server_is_refused_for_and_replaced(self) -> None:
+        constants = {"START_DEADLINE": 0.3, "PROBE_DEADLINE": 0.5, "SEND_DEADLINE": 1}
+        for size in (1, 2000000):  # the second can't even be sent
+            with self.subTest(size):
+                central = self.central()
+                node = self.node(central, constants=constants)
+                fork_server = node.fork_server
+                os.kill(fork_server, signal.SIGSTOP)
+                status, _, body = node.post(unit(1, input="x" * size))
+                self.assertEqual((status, body), (503, b"Node Overloaded"))
+                wait_for(lambda: node.said("work is refused: the fork server"), "why")
+                wait_for(lambda: not node.status()["overloaded"], "another works")
+                self.assertNotEqual(node.fork_server, fork_server)
+                self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+                self.assertEqual(central.check_ins()[-1]["busy"], "false")
+                self.assertGreater(len(central.check_ins()), 1)
+
+    def test_the_fork_server_outlives_the_node_until_its_last_worker_has_ended(
+        self,
+    ) -> None:
+        node = self.node()
+        fork_server = node.fork_server
+        pid = node.take(unit(1, "sleeper", "0.5"))
+        node.kill()
+        self.assertTrue(alive(fork_server) and alive(pid))
+        wait_for(lambda: not alive(fork_server), "it ends")
+        self.assertFalse(alive(pid))
+        node.start()
+        self.assertEqual(node.central.outcome(1), ("succeeded", "slept"))
+
+    def test_a_full_disk_is_a_refusal_that_ends(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        units = node.path("state", "units")
+        if os.getuid() == 0:
+            size = "size=64k,mode=0700"
+            command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", units]
+            if subprocess.call(command, stderr=subprocess.DEVNULL):
+                self.skipTest("can't mount a small disk")
+            self.addCleanup(subprocess.call, ["umount", "-l", units])
+            filler = os.path.join(units, ".filler")
+            with open(filler, "wb", 0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            path, repair = filler, crowdnode.remove_file
+            reason = "No space left on device"
+        else:
+            os.chmod(units, 0o500)
+            path, repair = units, functools.partial(os.chmod, mode=0o700)
+            reason = "Permission denied"
+        status, _, body = node.post(unit(1))
+        self.assertEqual((status, body), (503, b"Node Overloaded"))
+        self.assertIn(f"can't start a worker: {reason}", node.status()["reason"])
+        repair(path)
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in when it is over")
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        node.settled()
+
+
+# ---------------------------------------------------------------------------
+# Node: the units
+# ---------------------------------------------------------------------------
+
+
+class Work(SharedNode):
+    """What becomes of a unit that is taken."""
+
+    def test_a_unit_is_answered_with_a_pid_and_reported_with_the_fields_of_the_wire(
+        self,
+    ) -> None:
+        id = self.new_id()
+        status, headers, body = self.shared.post(unit(id))
+        self.assertEqual((status, headers["Content-Type"]), (200, "application/json"))
+        self.assertRegex(body.decode(), r'^\{"pid":\d+\}$')
+        self.assertEqual(self.shared_central.outcome(id), ("succeeded", "x"))
+        (report,) = self.shared_central.reports(id)
+        self.assertEqual(list(report), ["pid", "id", "time", "status", "output"])
+        self.assertEqual(report["output"], '{"output":"x"}')
+        self.assertEqual(report["pid"], str(json.loads(body)["pid"]))
+        self.assertGreater(float(report["time"]), 0)
+
+    def test_the_same_unit_again_is_answered_with_the_same_pid(self) -> None:
+        id = self.new_id()
+        pids = {self.shared.take(unit(id, "sleeper", "0.3")) for _ in range(3)}
+        self.assertEqual(len(pids), 1)
+        self.assertEqual(self.shared_central.outcome(id), ("succeeded", "slept"))
+        self.assertEqual(len(self.shared_central.reports(id)), 1)
+
+    def test_ids_may_be_words_and_units_may_lack_what_has_a_default(self) -> None:
+        word = f"unit-{self.new_id()}_A"
+        sparse = {"id": word, "action": "echo", "input": "[1,2]", "status": 1}
+        self.assertEqual(self.shared.do(sparse), ("succeeded", [1, 2]))
+
+    def test_a_large_unit_with_a_large_output_comes_through(self) -> None:
+        text = "é\u2603<&+ " * 100000
+        outcome = self.shared.do(unit(self.new_id(), input=text))
+        self.assertEqual(outcome, ("succeeded", text))
+
+    def test_status_tells_what_the_node_does(self) -> None:
+        id = self.new_id()
+        pid = self.shared.take(unit(id, "sleeper", "0.5"))
+        status = self.shared.status()
+        keys = """
+            version host port pid uptime central actions max_workers overloaded reason
+            load_average free_memory fork_server running unreported counts
+        """
+        self.assertEqual(list(status), keys.split())
+        (running,) = [item for item in status["running"] if item["id"] == id]
+        self.assertEqual(running.pop("pid"), pid)
+        self.assertLess(running.pop("seconds"), 5)
+        wanted = {"id": id, "job_id": 1, "action": "sleeper", "stage": "process"}
+        self.assertEqual(running, wanted)
+        self.assertEqual(list(status["counts"]), list(crowdnode.COUNTS))
+        self.assertIn("echo", status["actions"])
+        self.assertEqual(status["central"]["url"], self.shared_central.url)
+        self.assertIsNone(status["central"]["error"])
+        self.shared_central.outcome(id)
+
+    def test_what_is_no_text_does_not_keep_lines_from_the_log(self) -> None:
+        odd = unit(self.new_id(), "\ud800" + "x" * 500)
+        status, _ = self.shared.do(odd)
+        self.assertEqual(status, "failed")
+        wait_for(lambda: self.shared.said(f"unit {odd['id']} (\\ud800xxx"), "its lines")
+
+
+class Attempts(CrowdTest):
+    """Units of one name."""
+
+    def test_another_attempt_ends_the_worker_of_the_last(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        first = node.take(unit(1, "sleeper", "30"))
+        node.take(unit(1, "sleeper", "0", attempts=1))
+        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
+        self.assertFalse(alive(first))
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_the_next_attempt_is_taken_while_the_last_ones_report_is_answered(
+        self,
+    ) -> None:
+        """Up to 0.6 central hands the unit out again before it answers the report."""
+        central = self.central()
+        node = self.node(central)
+        second: list[int] = []
+
+        def answer(method: str, path: str, fields: Fields) -> int | None:
+            if path == "/work/1" and not second:
+                second.append(node.take(unit(1, attempts=1)))
+            return None
+
+        central.answer = answer
+        node.take(unit(1, "broken"))
+        wait_for(lambda: len(central.reports(1)) == 2, "both attempts are reported")
+        reports = central.reports(1)
+        self.assertEqual(
+            [report["status"] for report in reports], ["failed", "succeeded"]
+        )
+        self.assertEqual(reports[1]["pid"], str(second[0]))
+
+    def test_a_late_report_of_one_attempt_leaves_the_next_alone(self) -> None:
+        central = self.central()
+        constants = {"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.3}
+        node = self.node(central, constants=constants)
+        central.fail(500, "/work/")
+        node.take(unit(1))
+        wait_for(lambda: central.reports(1), "a report that is put off")
+        go = node.path("go")
+        pid = node.take(unit(1, "waiter", go, attempts=1))
+        node.take(unit(2))
+        wait_for(lambda: len(central.reports(2)) == 3, "later ones are tried again")
+        self.assertNotIn(b"failed", node.record(1))
+        self.assertEqual(node.said("unit 1 (echo, process): its record"), 0)
+        self.assertEqual(len(central.reports(1)), 1)
+        central.recover()
+        open(go, "w").close()
+        wait_for(lambda: len(central.reports(1)) == 2, "the second attempt's")
+        self.assertEqual(central.reports(1)[1]["output"], '{"output":"seen"}')
+        self.assertEqual(central.reports(1)[1]["pid"], str(pid))
+
+    def test_a_unit_that_is_withdrawn_while_it_starts_is_answered_and_forgotten(
+        self,
+    ) -> None:
+        config = crowdnode.load_config("", [("state_path", self.directory())])
+        os.mkdir(config.units_path)
+        reports: list[crowdnode.Unit] = []
+        crowdnode.set_up_log(os.devnull, "info")
+        overload, tally = crowdnode.Overload(), crowdnode.Tally()
+        units = crowdnode.Units(config, overload, tally, reports.append)
+        head = crowdnode.record_head(unit(1), "digest")
+        entry = crowdnode.Unit(head, config)
+        entry.replies_due = 1
+        units.add(entry)
+        units.withdraw(entry)
+        self.assertTrue(entry.answered.is_set(), "nobody waits for it")
+        self.assertIsNotNone(entry.refusal)
+        units.end(entry)
+        units.replied(entry, True)
+        self.assertEqual((units.by_name, reports), ({}, []))
+
+
+class Reports(CrowdTest):
+    def test_a_report_waits_for_the_reply_and_a_lost_reply_withdraws_the_unit(
+        self,
+    ) -> None:
+        central = self.central()
+        node = self.node(central)
+        fork_server = node.fork_server
+        os.kill(fork_server, signal.SIGSTOP)
+        connection = socket.create_connection(("127.0.0.1", node.port))
+        connection.sendall(work_request(unit(1, "sleeper", "20")))
+        linger = struct.pack("ii", 1, 0)
+        # Read: else a reset would take it back.  Later ones are read after it.
+        wait_for(lambda: node.status()["pid"], "it is read")
+        time.sleep(0.2)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        connection.close()
+        os.kill(fork_server, signal.SIGCONT)
+        wait_for(lambda: node.said("the reply could not be written"), "a withdrawal")
+        node.settled()
+        self.assertEqual(central.reports(1), [])
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"), "it is offered again")
+        self.assertFalse(node.said("Traceback"))
+
+    def test_reports_go_on_until_central_takes_them(self) -> None:
+        central = self.central()
+        node = self.node(
+            central, constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.2}
+        )
+        statuses = iter([500, 0, 503, 204])
+        central.answer = lambda method, path, _: (
+            next(statuses) if path.startswith("/work/") else None
+        )
+        node.take(unit())
+        wait_for(lambda: node.status()["counts"]["reported"] == 1, "it is taken")
+        self.assertEqual(len(central.reports(1)), 4)
+        self.assertEqual(len({report["time"] for report in central.reports(1)}), 1)
+        node.settled()
+
+    def test_a_report_that_central_had_is_not_hurried_by_others(self) -> None:
+        central = self.central()
+        node = self.node(central, constants={"RETRY_WAIT": 0.1})
+        central.fail(500, "/work/1")
+        node.take(unit(1))
+        wait_for(lambda: central.reports(1), "a report that is put off")
+        for number in range(2, 12):
+            self.assertEqual(node.do(unit(f"other-{number}")), ("succeeded", "x"))
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_a_unit_that_central_does_not_know_is_discarded(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        central.fail(404, "/work/1")
+        node.take(unit())
+        wait_for(lambda: node.said("central does not know it"), "the log says so")
+        self.assertIsNone(node.status()["central"]["error"], "it has answered")
+        node.settled()
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_outcomes_wait_on_disk_while_central_is_away(self) -> None:
+        central = self.central()
+        node = self.node(central, constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 30})
+        central.stop()
+        for id in range(20):
+            node.take(unit(id))
+        wait_for(lambda: node.status()["unreported"] == 20, "all wait")
+        wait_for(lambda: len(our_processes()) == 2, "what waits is no process")
+        central.start()
+        for id in range(20):  # the first success wakes those that wait
+            central.outcome(id, 5)
+            self.assertEqual(len(central.reports(id)), 1)
+
+    def test_a_death_that_is_reported_again_is_reported_the_same(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        central.fail(500, "/work/1")
+        pid = node.take(unit(1, "sleeper", "60"))
+        os.kill(pid, signal.SIGABRT)
+        self.assertIn("killed by SIGABRT", central.outcome(1)[1])
+        node.kill()
+        central.recover()
+        node.start()
+        first, second = central.reports(1)
+        self.assertEqual(first, second)
+
+    def test_a_death_that_cannot_be_written_down_is_not_reported_yet(self) -> None:
+        if not hasattr(resource, "prlimit"):
+            self.skipTest("needs prlimit")
+        node = self.node(constants={"RETRY_WAIT": 0.1})
+        pid = node.take(unit(1, "sleeper", "60"))
+        with no_room(node.pid):
+            os.kill(pid, signal.SIGKILL)
+            known = wait_for(lambda: node.status()["unreported"], "its end is known")
+            self.assertEqual(known, 1)
+            since = node.status()["uptime"]
+            wait_for(lambda: node.status()["uptime"] > since + 0.5, "several tries")
+            self.assertEqual(node.central.reports(1), [])
+        self.assertIn("killed by SIGKILL", node.central.outcome(1)[1])
+        node.settled()
+        self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_a_death_is_told_in_the_same_words_for_ever(self) -> None:
+        if not hasattr(resource, "prlimit"):
+            self.skipTest("needs prlimit")
+        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.1}
+        node = self.node(constants=constants)
+        node.central.fail(500, "/work/1")
+        pid = node.take(unit(1, "sleeper", "60"))
+        with no_room(node.pid):
+            os.kill(pid, signal.SIGKILL)
+            node.central.outcome(1)  # it was given up to write its end down
+        wait_for(lambda: b"failed" in node.record(1), "it can be written down")
+        told = len(node.central.reports(1))
+        wait_for(lambda: len(node.central.reports(1)) > told + 1, "more reports")
+        node.central.recover()
+        node.settled()
+        outputs = {fields["output"] for fields in node.central.reports(1)}
+        words = '{"output":"the worker died while nobody watched it"}'
+        self.assertEqual(outputs, {words})
+
+
+class Orphans(CrowdTest):
+    """Workers whose fork server, or node, has gone."""
+
+    def test_an_orphan_keeps_its_time_limit_and_its_death_is_noticed(self) -> None:
+        central = self.central()
+        limit = {"action sleeper": "time_limit = 1"}
+        node = self.node(central, **limit)
+        node.take(unit(1, "sleeper", "60"))
+        killed = node.take(unit(2, "sleeper", "60"))
+        os.kill(node.fork_server, signal.SIGKILL)
+        os.kill(killed, signal.SIGKILL)
+        self.assertEqual(central.outcome(1), ("failed", "time_limit of 1 s exceeded"))
+        outcome = central.outcome(2)
+        self.assertEqual(outcome, ("failed", "the worker died while nobody watched it"))
+
+    def test_an_orphan_whose_record_is_spoilt_ends_all_the_same(self) -> None:
+        node = self.node()
+        pid = node.take(unit(1, "sleeper", "60"))
+        os.kill(node.fork_server, signal.SIGKILL)
+        wait_for(lambda: node.said("work is taken again") == 2, "another is there")
+        with open(node.path("state", "units", "1"), "ab") as file:
+            file.write(b"nonsense\n")
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual(node.central.outcome(1)[0], "failed")
+        node.settled()
+
+    def test_a_child_that_holds_the_lock_of_a_dead_orphan_does_not_keep_it_alive(
+        self,
+    ) -> None:
+        forks = ECHO.replace("return self.input", "os.fork(); time.sleep(60)")
+        central = self.central()
+        node = self.node(central, actions={"forks.py": forks.replace("Echo", "Forks")})
+        pid = node.take(unit(1, "forks"))
+        wait_for(lambda: len(our_processes()) == 4, "the child is there")
+        os.kill(node.fork_server, signal.SIGKILL)
+        wait_for(lambda: not node.status()["overloaded"], "another is there")
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual(central.outcome(1)[0], "failed")
+        wait_for(lambda: len(our_processes()) == 2, "the child is gone")
+
+    def test_after_a_kill_of_the_node_the_next_one_settles_everything(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        running = node.take(unit(1, "sleeper", "2"))
+        killed = node.take(unit(2, "sleeper", "60"))
+        node.take(unit(3, "sleeper", "0.1"))
+        central.stop()
+        wait_for(
+            lambda: node.said("unit 3 (sleeper, process): central has not"), "3 waits"
+        )
+        node.kill()
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: not alive(killed), "it is dead")
+        central.start()
+        node.start()
+        self.assertEqual(central.outcome(3), ("succeeded", "slept"))
+        self.assertEqual(central.outcome(2)[0], "failed")
+        self.assertEqual(node.take(unit(1, "sleeper", "2")), running, "it has that one")
+        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
+        self.assertEqual(central.told("DELETE", "/node"), [], "a worker lived")
+        self.assertEqual([len(central.reports(id)) for id in (1, 2, 3)], [1, 1, 1])
+        node.settled()
+
+
+# ---------------------------------------------------------------------------
+# Node: what it shows
+# ---------------------------------------------------------------------------
+
+
+class Shown(CrowdTest):
+    """The page, the metrics, the status."""
+
+    def test_the_page_says_all_and_runs_nothing_that_a_unit_brings(self) -> None:
+        central = self.central()
+        node = self.node(
+            central, tag="the <tag>", **{"action sleeper": "time_limit = 60"}
+        )
+        node.take(unit(1, "sleeper", "60"))
+        node.do(unit(2, "broken"))
+        node.do(unit(3, "<script>alert(1)</script>"))
+        central.fail(500, "/work/4")
+        node.take(unit(4))
+        wait_for(lambda: central.reports(4), "a report")
+        page = wait_for(
+            lambda: (lambda text: text if "it answered 500" in text else "")(
+                node.get("/")[2].decode()
+            ),
+            "what central answered",
+        )
+        for text in (
+            f"<h1>127.0.0.1:{node.port} <small>the &lt;tag&gt;</small></h1>",
+            f"{central.url}, answered ",
+            '<meter max="60" value="',
+            "ValueError: it broke (broken.py, line 6, in process)",
+            "no action named &lt;script&gt;alert(1)",
+            "Waiting for central (1)",
+            "<dt>Work</dt><dd>taken</dd>",
+        ):
+            self.assertIn(text, page)
+        self.assertNotIn("<script>alert", page)
+        self.assertEqual(re.findall(r"(?:src|href)=\W*http", page), [])
+
+    def test_the_page_lets_a_browser_run_and_draw_what_is_its_own_alone(self) -> None:
+        node = self.node()
+        status, headers, body = node.get("/")
+        self.assertEqual((status, headers["Content-Type"][:9]), (200, "text/html"))
+        policy = headers["Content-Security-Policy"]
+        self.assertIn("default-src 'none'", policy)
+        for tag in ("style", "script"):
+            (text,) = re.findall(f"(?s)<{tag}>(.*)</{tag}>", body.decode())
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertIn(f"{tag}-src 'sha256-{digest}'", policy)
+
+    def test_the_page_says_why_and_since_when_work_is_refused(self) -> None:
+        node = self.node(max_load=0.01)
+        page = node.get("/")[2].decode()
+        self.assertRegex(
+            page, r"refused for [\d.]+ s: .* load average, max_load is 0.01"
+        )
+        self.assertRegex(page, r"<dt>Load</dt><dd>[\d.]+, max 0.01")
+
+    def test_the_last_hour_is_kept_a_minute_each(self) -> None:
+        history = crowdnode.History()
+        for minute in range(70):
+            history.note(1.0, None, 10 * minute)
+            self.assertEqual(len(history.minutes), min(60, minute))
+            history._began -= 60
+        load, memory, units = history.minutes[-1]
+        self.assertEqual((load, memory, round(units)), (1.0, None, 10))
+        plot = crowdnode.draw_plot("load", [1.0, None, 3.0], 2.0)
+        self.assertIn("load: 3 now, 1 to 3", plot)
+        self.assertIn('points="57,68.3 59,4.8"', plot)
+        self.assertIn("nothing yet", crowdnode.draw_plot("load", [None], None))
+
+    def test_metrics_say_what_the_status_says(self) -> None:
+        node = self.node()
+        for number in range(3):
+            node.do(unit(number + 1))
+        node.do(unit(4, "broken"))
+        node.do(unit(5, 'odd"\n'))
+        status, headers, body = node.get("/metrics")
+        self.assertEqual((status, headers["Content-Type"][:25]),
+                         (200, "text/plain; version=0.0.4"))  # fmt: skip
+        lines = body.decode().splitlines()
+        values = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+        counts = node.status()["counts"]
+        for name, value in (
+            ("units_accepted_total", counts["accepted"]),
+            ('units_total{outcome="succeeded"}', 3),
+            ('units_total{outcome="failed"}', 2),
+            ("overloaded", 0),
+            ("max_workers", 50),
+            ('unit_seconds_count{action="echo",stage="process"}', 3),
+            ('unit_seconds_bucket{action="echo",stage="process",le="+Inf"}', 3),
+            ('unit_seconds_count{action="unknown",stage="process"}', 1),
+        ):
+            self.assertEqual(values[f"crowdnode_{name}"], str(value), name)
+        for name in values:
+            family = re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name)
+            self.assertTrue(
+                any(line.startswith(f"# TYPE {family} ") for line in lines), name
+            )
+        self.assertEqual(
+            crowdnode.sample("x", 1, a='"\\\n'), r'crowdnode_x{a="\"\\\n"} 1'
+        )
+
+
+# ---------------------------------------------------------------------------
+# Node: the routes
+# ---------------------------------------------------------------------------
+
+
+FORM = b"Content-Type: application/x-www-form-urlencoded\r\n"
+
+
+def raw(line: bytes, rest: bytes = b"") -> bytes:
+    """A request of that first line."""
+    return line + b" HTTP/1.1\r\n" + rest + b"\r\n"
+
+
+def post(body: bytes, path: bytes = b"/work", header: bytes = FORM) -> bytes:
+    length = b"Content-Length: %d\r\n" % len(body)
+    return raw(b"POST " + path, header + length) + body
+
+
+def bad(**more: Any) -> bytes:
+    return work_request({**unit(), **more})
+
+
+BAD_REQUESTS: list[tuple[bytes, int, str]] = [
+    (post(b""), 400, "no field work_unit"),
+    (post(b"x=1"), 400, "no field work_unit"),
+    (post(b"work_unit=%7Bnot+json"), 400, "not JSON"),
+    (post(b"work_unit=null"), 400, "not a JSON object"),
+    (post(b"work_unit=%5B1%5D"), 400, "not a JSON object"),
+    (post(b"work_unit=%FF"), 400, "not UTF-8"),
+    (post(b"work_unit=\xff"), 400, "not UTF-8"),
+    (post(b"&".join([b"x=1"] * 1001)), 400, "The form can't be read"),
+    (work_request("[" * 10000 + "]" * 10000), 400, "not JSON"),
+    (work_request(json.dumps(unit(options={"n": float("nan")}))), 400, "NaN"),
+    (work_request('{"id": 1e999}'), 400, "1e999 is out of range"),
+    (bad(id=None), 400, "the unit's id"),
+    (bad(id="../x"), 400, "the unit's id"),
+    (bad(id="a\0"), 400, "the unit's id"),
+    (bad(id="x" * 65), 400, "the unit's id"),
+    (bad(id=1.5), 400, "the unit's id"),
+    (bad(id=True), 400, "the unit's id"),
+    (bad(job_id="../1"), 400, "the unit's job_id"),
+    (bad(status=2), 400, "status is unknown"),
+    (bad(status="1"), 400, "status is unknown"),
+    (bad(status=True), 400, "status is unknown"),
+    (bad(input=3), 400, "input is not a string"),
+    (bad(action=3), 400, "action is not a string"),
+    (bad(options=[]), 400, "options is not an object"),
+    (b"HELLO\r\n\r\n", 400, "is not METHOD PATH HTTP"),
+    (raw(b"GET /", b"no colon\r\n"), 400, "A header is not NAME: VALUE"),
+    (raw(b"GET /", b"a: b\r\n" * 101), 400, "There are more than 100 headers"),
+    (raw(b"POST /work"), 411, "Content-Length"),
+    (raw(b"POST /work", b"Transfer-Encoding: chunked\r\n"), 411, "Content-Length"),
+    (raw(b"POST /work", b"Content-Length: 99999999999\r\n"), 413, "64 MB"),
+    (raw(b"POST /work", b"Content-Length: -1\r\n"), 400, "Content-Length"),
+    (raw(b"GET /" + b"x" * 70000), 414, "too long"),
+    (raw(b"GET /nowhere"), 404, "Not Found"),
+    (raw(b"GET /heartbeat/"), 404, "Not Found"),
+    (raw(b"GET /work"), 404, "Not Found"),
+    (raw(b"DELETE /work"), 404, "Not Found"),
+    (raw(b"OPTIONS /work"), 404, "Not Found"),
+    (post(b"", b"/heartbeat"), 404, "Not Found"),
+    (raw(b"GET http://[x/"), 400, "can't be read"),
+]
+ODD_REQUESTS: list[tuple[bytes, int, bytes]] = [
+    (raw(b"GET /heartbeat"), 200, b"buh-bump"),
+    (raw(b"GET /heartbeat?x=1", b"Host: x\r\n"), 200, b"buh-bump"),
+    (b"GET /heartbeat HTTP/1.0\r\n\r\n", 200, b"buh-bump"),
+    (b"GET /heartbeat HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, b"buh-bump"),
+    (raw(b"GET /heartbeat", b"Connection: close\r\n"), 200, b"buh-bump"),
+    (raw(b"GET http://node1.example:9063/heartbeat"), 200, b"buh-bump"),
+    (b"\r\n" + raw(b"GET /heartbeat"), 200, b"buh-bump"),
+    (raw(b"HEAD /heartbeat"), 200, b""),
+    (raw(b"HEAD /nowhere"), 404, b""),
+]
+
+
+class Routes(SharedNode):
+    """What is answered to a request."""
+
+    def test_bad_requests_get_a_status_and_a_sentence(self) -> None:
+        for request, status, sentence in BAD_REQUESTS:
+            with self.subTest(request[:200]):
+                answer = self.shared.send(request)
+                self.assertEqual(answer[0], status, answer)
+                self.assertIn(sentence, answer[2].decode())
+                self.assertNotIn(b"Traceback", answer[2])
+        self.assertEqual(self.shared.get("/heartbeat")[2], b"buh-bump")
+        self.assertNotIn(
+            "Traceback", self.shared.log().replace("output: Traceback", "")
+        )
+
+    def test_the_odd_requests_of_the_wire_are_answered_as_there(self) -> None:
+        for request, status, body in ODD_REQUESTS:
+            with self.subTest(request):
+                answer = self.shared.send(request)
+                self.assertEqual((answer[0], answer[2]), (status, body))
+        _, headers, _ = self.shared.send(b"HEAD /heartbeat HTTP/1.1\r\n\r\n")
+        self.assertEqual(headers["Content-Length"], "8")
+
+    def test_a_body_that_ends_early_is_a_bad_request(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
+            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Length: 10\r\n\r\nwork")
+            connection.shutdown(socket.SHUT_WR)
+            status, _, body = read_answer(connection)
+        self.assertEqual((status, body), (400, b"The body ended after 4 of 10 bytes."))
+
+    def test_a_post_with_a_method_override_counts_as_that_method(self) -> None:
+        form = b"Content-Type: application/x-www-form-urlencoded\r\n"
+        head = b"POST %s HTTP/1.1\r\n" + form + b"%sContent-Length: %d\r\n\r\n%s"
+        get = b"_method=GET"
+        for path, header, body, status in (
+            (b"/heartbeat", b"", get, 200),
+            (b"/heartbeat", b"X-HTTP-Method-Override: get\r\n", b"", 200),
+            (b"/heartbeat", b"", b"_method=NONSENSE", 404),
+            (b"/work", b"", get + b"&work_unit=%7B%7D", 404),
+        ):
+            with self.subTest(path=path, header=header, body=body):
+                request = head % (path, header, len(body), body)
+                self.assertEqual(self.shared.send(request)[0], status)
+
+    def test_the_unit_may_stand_in_the_query_and_may_come_in_two_pieces(self) -> None:
+        id = self.new_id()
+        query = urllib.parse.urlencode({"work_unit": json.dumps(unit(id))})
+        request = f"POST /work?{query} HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
+        self.assertEqual(self.shared.send(request.encode())[0], 200)
+        self.shared_central.outcome(id)
+        id = self.new_id()
+        head, _, body = work_request(unit(id)).partition(b"\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
+            connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(body)
+            self.assertEqual(read_answer(connection)[0], 200)
+        self.shared_central.outcome(id)
+
+
+class Connections(CrowdTest):
+    """Who may connect, and for how long."""
+
+    def test_credentials_are_answered_as_on_the_wire(self) -> None:
+        secret = {
+            "http_authentication": "yes",
+            "login": "ali ce",
+            "password": "s3cr:et",
+        }
+        node = self.node(self.central(login="ali ce:s3cr:et"), **secret)
+        required = b"Authorization Required"
+        for path, header, status, body in (
+            ("/heartbeat", "", 401, required),
+            ("/nowhere", "", 401, required),
+            ("/heartbeat", "Basic YWxpIGNlOndyb25n", 401, required),
+            ("/heartbeat", "Basic YWxpIGNl", 401, required),
+            ("/heartbeat", "Basic YWxpIGNlOnMzY3I6ZXQ=", 200, b"buh-bump"),
+            ("/heartbeat", "basic YWxpIGNlOnMzY3I6ZXQ=", 200, b"buh-bump"),
+            ("/heartbeat", "Digest username=x", 400, b"Bad Request"),
+            ("/heartbeat", "Basic", 400, b"Bad Request"),
+            ("/heartbeat", "Basic ?!", 400, b"Bad Request"),
+            ("/nowhere", "Basic YWxpIGNlOnMzY3I6ZXQ=", 404, b"Not Found"),
+        ):
+            with self.subTest(path=path, header=header):
+                line = f"Authorization: {header}\r\n" if header else ""
+                request = f"GET {path} HTTP/1.1\r\n{line}\r\n".encode()
+                answer = node.send(request)
+                self.assertEqual((answer[0], answer[2]), (status, body))
+                if status == 401:
+                    realm = answer[1]["WWW-Authenticate"]
+                    self.assertEqual(realm, 'Basic realm="CloudCrowd"')
+        head = node.send(b"HEAD /heartbeat HTTP/1.1\r\n\r\n")
+        self.assertEqual(
+            (head[0], head[1]["Content-Length"], head[2]), (401, "22", b"")
+        )
+
+    def test_addresses_and_networks_in_allow_may_connect(self) -> None:
+        node = self.node(allow="192.0.2.7, 127.0.0.0/8")
+        self.assertEqual(node.get("/heartbeat")[0], 200)
+
+    def test_an_answer_over_an_unread_body_is_not_lost(self) -> None:
+        node = self.node(allow="192.0.2.0/24")
+        big = b"POST /work HTTP/1.1\r\nContent-Length: 8000000\r\n\r\n" + b"x" * 8000000
+        status, _, body = node.send(big)
+        self.assertEqual(
+            (status, body), (403, b"127.0.0.1 is not in this node's allow.")
+        )
+        self.assertEqual(node.run("--status").returncode, 4)
+
+    def test_a_request_has_a_deadline_however_it_drips(self) -> None:
+        node = self.node(constants={"REQUEST_DEADLINE": 0.5})
+        with socket.create_connection(("127.0.0.1", node.port)) as connection:
+            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Le")
+            began = time.monotonic()
+            while not select.select([connection], [], [], 0.05)[0]:
+                connection.sendall(b"n")
+                self.assertLess(time.monotonic() - began, DEADLINE)
+            status, _, body = read_answer(connection)
+        self.assertEqual((status, body), (408, b"The request was too slow."))
+
+    def test_central_gets_in_past_a_crowd_of_silent_connections(self) -> None:
+        node = self.node(constants={"MAX_CONNECTIONS": 10})
+        address = ("127.0.0.1", node.port)
+        with contextlib.ExitStack() as stack:
+            silent = [
+                stack.enter_context(socket.create_connection(address))
+                for _ in range(30)
+            ]
+            self.assertEqual(node.do(unit()), ("succeeded", "x"))
+            self.assertEqual(
+                silent[0].recv(1), b"", "the first to come is closed first"
+            )
+
+
+# ---------------------------------------------------------------------------
+# Node: its life
+# ---------------------------------------------------------------------------
+
+
+class Starts(CrowdTest):
+    def test_a_first_check_in_that_fails_ends_the_start(self) -> None:
+        central = self.central()
+        central.stop()
+        node = self.prepared(central)
+        done = node.run()
+        central.start()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(
+            f"crowdnode: Failed to connect to the central server ({central.url}). ",
+            done.stderr,
+        )
+        self.assertIn("Connection refused", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+
+    def test_later_failures_never_end_the_node_and_are_tried_again_soon(self) -> None:
+        central = self.central()
+        constants = {"CHECK_IN_INTERVAL": 0.2, "RETRY_WAIT": 0.1}
+        node = self.node(central, constants=constants)
+        central.stop()
+        wait_for(lambda: node.said("Failed to connect to the central") >= 3, "failures")
+        self.assertFalse(node.ended())
+        count = len(central.check_ins())
+        central.start()
+        wait_for(lambda: len(central.check_ins()) > count, "a check-in")
+
+    def test_a_start_that_waits_for_central_can_be_stopped(self) -> None:
+        central = self.central()
+        over = threading.Event()
+        self.addCleanup(over.set)
+        central.answer = lambda method, path, _: 204 if over.wait(DEADLINE) else None
+        node = self.prepared(central).start(wait=False)
+        wait_for(central.check_ins, "it waits for an answer")
+        os.kill(node.pid, signal.SIGINT)
+        self.assertEqual(node.wait(), 1)
+        self.assertFalse(over.is_set())
+        said = "crowdnode: stopped by SIGINT while starting"
+        self.assertEqual(node.said(said), 1)
+        self.assertNotIn("Traceback", node.log())
+        over.set()
+        central.recover()
+        del central.calls[:]
+        node.start()
+        methods = [method for method, _, _ in central.calls]
+        self.assertEqual(methods, ["DELETE", "PUT"], "central may have taken it")
+
+    def test_central_may_hand_out_work_before_it_answers_a_check_in(self) -> None:
+        central = self.central()
+        node = self.prepared(central)
+        pids: list[int] = []
+
+        def answer(method: str, path: str, fields: Fields) -> int | None:
+            if path.startswith("/node/") and not pids and method == "PUT":
+                pids.append(node.take(unit(7)))
+            return None
+
+        central.answer = answer
+        node.start()
+        self.assertEqual(central.outcome(7), ("succeeded", "x"))
+        self.assertEqual(central.reports(7)[0]["pid"], str(pids[0]))
+
+    def test_a_stop_before_that_answer_ends_what_was_taken(self) -> None:
+        central = self.central()
+        node = self.prepared(central, drain_time=30)
+        pids: list[int] = []
+        over = threading.Event()
+        self.addCleanup(over.set)
+
+        def answer(method: str, path: str, fields: Fields) -> int | None:
+            if method == "PUT" and not pids:
+                pids.append(node.take(unit(7, "sleeper", "60")))
+                over.wait(DEADLINE)
+            return None
+
+        central.answer = answer
+        node.start(wait=False)
+        wait_for(lambda: pids, "a worker runs")
+        os.kill(node.pid, signal.SIGTERM)
+        wait_for(lambda: node.said("1 units are running"), "it waits for the unit")
+        os.kill(node.pid, signal.SIGTERM)
+        self.assertEqual(node.wait(), 1)
+        self.assertFalse(alive(pids[0]))
+        self.assertEqual(central.calls[-1][0], "DELETE")
+        self.assertEqual(central.reports(7), [], "central has given it to another")
+        self.assertEqual(node.units(), [])
+
+    def test_a_start_after_an_unclean_end_checks_out_before_it_checks_in(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        node.take(unit(1, "sleeper", "60"))
+        node.kill()
+        for line in our_processes():
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+        wait_for(lambda: not our_processes(), "all are dead")
+        del central.calls[:]
+        node.start()
+        methods = [(method, path[:6]) for method, path, _ in central.calls]
+        wanted = [("PUT", "/work/"), ("DELETE", "/node/"), ("PUT", "/node/")]
+        self.assertEqual(methods, wanted)
+        node.stop()
+        del central.calls[:]
+        node.start()
+        self.assertEqual([call[0] for call in central.calls], ["PUT"], "it was clean")
+
+    def test_an_action_less_node_does_not_start(self) -> None:
+        node = self.prepared(actions={}, disable_default_actions="yes")
+        done = node.run()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("there is no action in", done.stderr)
+
+
+class Stops(CrowdTest):
+    def test_a_stop_waits_for_units_and_a_second_signal_does_not(self) -> None:
+        central = self.central()
+        node = self.node(central, drain_time=30)
+        node.take(unit(1, "sleeper", "0.5"))
+        os.kill(node.pid, signal.SIGTERM)
+        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
+        self.assertEqual(node.wait(), 0)
+        self.assertEqual(central.calls[-1][0], "DELETE")
+        node.start()
+        pid = node.take(unit(2, "sleeper", "60"))
+        os.kill(node.pid, signal.SIGTERM)
+        wait_for(lambda: node.said("1 units are running") == 2, "it waits again")
+        self.assertEqual(node.post(unit(3))[0], 503)
+        os.kill(node.pid, signal.SIGINT)
+        self.assertEqual(node.wait(), 0)
+        self.assertFalse(alive(pid))
+        self.assertEqual(central.calls[-1][0], "DELETE")
+        self.assertEqual(central.reports(2), [], "central has given it to another")
+        self.assertEqual(node.units(), [])
+
+    def test_a_check_out_that_fails_is_owed_until_it_succeeds(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        node.take(unit(1, "sleeper", "60"))
+        central.stop()
+        node.stop()
+        self.assertEqual(node.said("can't check out"), 1)
+        central.start()
+        del central.calls[:]
+        central.fail(500, "/node/", "DELETE")
+        node.start(wait=False)
+        wait_for(node.ended, "a start that fails")
+        self.assertEqual(central.check_ins(), [])
+        # Central has not let go of the unit, so it was told.
+        status, output = central.outcome(1)
+        self.assertEqual(status, "failed")
+        self.assertIn("killed by SIGTERM", output)
+        central.recover()
+        node.start()
+        calls = [call[0] for call in central.calls if "/node/" in call[1]]
+        self.assertEqual(calls[-2:], ["DELETE", "PUT"])
+        self.assertEqual(len(central.reports(1)), 1)
+
+
+class Reloads(CrowdTest):
+    def test_a_reload_is_noticed_by_nothing_that_runs(self) -> None:
+        central = self.central()
+        node = self.daemon(central=central)
+        pid = node.take(unit(1, "sleeper", "1.5"))
+        log = node.path("state", "node.log")
+        os.rename(log, log + ".moved")
+        node.write_actions({"fresh.py": ECHO})
+        node.write_config(max_workers=7)
+        self.assertEqual(node.run("--reload").returncode, 0)
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in")
+        fields = central.check_ins()[1]
+        self.assertIn("fresh", fields["enabled_actions"])
+        self.assertEqual(fields["max_workers"], "7")
+        self.assertEqual(node.do(unit(2, "fresh")), ("succeeded", "x"))
+        self.assertEqual(node.take(unit(1, "sleeper", "1.5")), pid)
+        self.assertTrue(node.said("reloaded; actions: "), "the log was opened again")
+        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
+        self.assertEqual(central.reports(1)[0]["pid"], str(pid))
+        wait_for(lambda: len(our_processes()) == 2, "the old fork server has gone")
+
+    def test_units_from_before_a_reload_can_still_be_ended(self) -> None:
+        node = self.daemon()
+        first, second = (node.take(unit(id, "sleeper", "60")) for id in (1, 2))
+        node.run("--reload")
+        wait_for(lambda: node.said("reloaded"), "the reload")
+        began = time.monotonic()
+        node.take(unit(1, "sleeper", "60", attempts=1))
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertFalse(alive(first))
+        self.assertEqual(node.run("--stop").returncode, 0)
+        wait_for(lambda: not alive(second), "the other is ended too", 1)
+        self.assertEqual(node.units(), [])
+
+    def test_a_reload_that_raises_max_workers_makes_room(self) -> None:
+        central = self.central()
+        node = self.daemon(central=central, max_workers=1)
+        node.take(unit(1, "sleeper", "60"))
+        self.assertEqual(node.post(unit(2))[0], 503)
+        node.write_config(max_workers=2)
+        node.run("--reload")
+        wait_for(lambda: not node.status()["overloaded"], "there is room")
+        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+
+    def test_a_reload_of_nonsense_changes_nothing(self) -> None:
+        node = self.daemon()
+        node.write_config(max_load="much")
+        done = node.run("--reload")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("[node] max_load = much: must be a number", done.stderr)
+        os.kill(node.daemon_pid, signal.SIGHUP)
+        wait_for(lambda: node.said("not reloaded, all stays as it was: "), "it is said")
+        self.assertEqual(node.said("[node] max_load = much: must be a number"), 1)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        node.write_config(max_load="")
+
+    def test_a_reload_leaves_the_node_where_it_is(self) -> None:
+        node = self.daemon()
+        node.write_config(state_path="elsewhere", port=1)
+        os.kill(node.daemon_pid, signal.SIGHUP)
+        wait_for(lambda: node.said("reloaded; actions: "), "the reload")
+        for key in ("state_path", "port"):
+            self.assertEqual(node.said(f"{key} has changed: that takes a restart"), 1)
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        wait_for(lambda: not node.units(), "its record was here and is gone")
+        node.write_config(state_path="state", port=0)
 
 
 class Upgrade(CrowdTest):
@@ -3588,6 +3713,205 @@ class Upgrade(CrowdTest):
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
 
 
+# ---------------------------------------------------------------------------
+# Local central
+# ---------------------------------------------------------------------------
+
+
+class Run(CrowdTest):
+    """Jobs of --run."""
+
+    def test_word_count_in_an_empty_environment_says_what_wc_says(self) -> None:
+        home = self.directory()
+        done = self.job("--run", "word_count", "README.md", "LICENSE", home=home)
+        with open(os.path.join(HERE, "README.md"), "rb") as readme:
+            words = len(readme.read().split())
+        with open(os.path.join(HERE, "LICENSE"), "rb") as text:
+            words += len(text.read().split())
+        self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [words]))
+        self.assertEqual(os.listdir(home), [], "files are left")
+
+    def test_outputs_come_in_the_order_of_500_inputs_with_a_bar_on_a_terminal(
+        self,
+    ) -> None:
+        options = self.with_actions(echo=ECHO)
+        path = os.path.join(self.directory(), "outputs")
+        strings = [f"string {number}" for number in range(500)]
+        job = [*options, "--output", path, "--strings", "--run", "echo", *strings]
+        shown = self.on_terminal(sys.executable, PROGRAM, *job)
+        with open(path) as file:
+            self.assertEqual(json.load(file), strings)
+        self.assertRegex(
+            shown,
+            r"\r.*\[#+ *\] \d+ of 500 done, 0 failed, \d+ running, [\d.]+/s, .* left",
+        )
+        self.assertIn("500 of 500 done, 0 failed", shown)
+
+    def test_a_failing_input_is_named_after_three_attempts_and_the_rest_is_done(
+        self,
+    ) -> None:
+        options = self.with_actions(
+            odd=BROKEN.replace(
+                'raise ValueError("it broke")',
+                "print('attempt', self.options['attempts'])\n"
+                "        if self.input == 'bad': raise ValueError('it broke')\n"
+                "        return self.input",
+            )
+        )
+        done = self.job(*options, "--strings", "--run", "odd", "good", "bad", "fine")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(json.loads(done.stdout), ["good", None, "fine"])
+        self.assertIn("bad: ValueError: it broke (odd.py, line", done.stderr)
+        self.assertIn("Traceback", done.stderr)
+        for attempt in range(3):
+            self.assertIn(f"output: attempt {attempt}", done.stderr)
+        self.assertNotIn("output: attempt 3", done.stderr)
+
+    def test_work_unit_retries_says_how_often_a_unit_is_tried(self) -> None:
+        options = self.with_actions(
+            broken=BROKEN.replace("raise", "print('once'); raise")
+        )
+        options += ["--set", "work_unit_retries=1"]
+        done = self.job(*options, "--strings", "--run", "broken", "x")
+        self.assertEqual((done.returncode, done.stderr.count("output: once")), (1, 1))
+
+    def test_a_job_goes_through_split_process_and_merge(self) -> None:
+        options = self.with_actions(pieces=PIECES)
+        inputs = ["a bb ccc", "dddd eeeee"]
+        done = self.job(*options, "--strings", "--run", "pieces", *inputs)
+        self.assertEqual(json.loads(done.stdout), [[1, 2, 3, 4, 5]], done.stderr)
+
+    def test_options_reach_the_action_and_inputs_come_from_standard_input(self) -> None:
+        options = self.with_actions(
+            echo=ECHO.replace("self.input", "[self.input, self.options['k']]")
+        )
+        done = self.job(
+            *options, "--options", '{"k": "é"}', "--quiet", "--strings",
+            "--run", "echo", "-", input="one\ntwo words\n",
+        )  # fmt: skip
+        self.assertEqual(json.loads(done.stdout), [["one", "é"], ["two words", "é"]])
+        self.assertEqual(done.stderr, "")
+
+    def test_file_names_of_all_kinds_are_inputs(self) -> None:
+        directory = self.directory()
+        names = ["a b.txt", "naïve.txt", "100%25.txt", "q?x=1.txt", "#.txt"]
+        for name in names:
+            with open(os.path.join(directory, name), "w") as file:
+                file.write("two words")
+        done = self.job("--run", "word_count", *names, cwd=directory)
+        self.assertEqual(json.loads(done.stdout), [2 * len(names)], done.stderr)
+
+    def test_text_that_is_no_unicode_fails_its_input_and_nothing_else(self) -> None:
+        options = self.with_actions(echo=ECHO)
+        options += ["--strings", "--run", "echo", b"caf\xff", "good"]  # type: ignore
+        done = self.job(*options)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(json.loads(done.stdout), [None, "good"])
+        self.assertIn("the output is not JSON: ", done.stderr)
+
+    def test_an_input_over_max_request_size_fails_and_says_so(self) -> None:
+        options = self.with_actions(echo=ECHO)
+        options += ["--set", "max_request_size=1", "--strings", "--run", "echo", "-"]
+        done = self.job(*options, input="x" * 1100000 + "\ngood\n")
+        self.assertEqual((done.returncode, done.stdout), (1, '[null, "good"]\n'))
+        self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
+
+    def test_a_home_that_cannot_be_written_is_no_obstacle(self) -> None:
+        done = self.job(
+            "--set", "local_storage_path=/dev/null/x", "--run", "word_count", "LICENSE"
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+
+class RunEnds(CrowdTest):
+    """How a job of --run ends, and where its outputs go."""
+
+    def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
+        stubborn = SLEEPER.replace(
+            "time.sleep(",
+            "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "        time.sleep(",
+        )
+        options = self.with_actions(sleeper=SLEEPER, stubborn=stubborn)
+        for action in ("sleeper", "stubborn"):
+            with self.subTest(action), self.started_job(
+                *options, "--strings", "--run", action, "60"
+            ) as (process, directory):
+                began = time.monotonic()
+                for _ in range(3):  # people press it more than once
+                    process.send_signal(signal.SIGINT)
+                self.assertEqual(process.wait(DEADLINE), 130)
+                self.assertLess(time.monotonic() - began, 2)
+                self.assertEqual(our_processes(), [])
+                self.assertEqual(os.listdir(directory), [])
+
+    def test_a_node_that_dies_in_the_middle_is_started_again(self) -> None:
+        options = self.with_actions(sleeper=SLEEPER)
+        job = [*options, "--strings", "--run", "sleeper", *["0.3"] * 8]
+        with self.started_job(*job) as (process, _):
+            nodes = [line for line in our_processes() if "--attended" in line]
+            os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
+            output, errors = process.communicate(timeout=DEADLINE)
+        self.assertEqual(json.loads(output), ["slept"] * 8, errors.decode())
+
+    def test_a_node_whose_run_was_killed_ends_too(self) -> None:
+        options = self.with_actions(sleeper=SLEEPER)
+        job = [*options, "--strings", "--run", "sleeper", "60"]
+        with self.started_job(*job) as (process, _):
+            process.kill()
+        wait_for(lambda: not our_processes(), "nothing is left")
+
+    def test_outputs_go_to_a_file_which_keeps_its_mode_and_its_links(self) -> None:
+        directory = self.directory()
+        path, link = os.path.join(directory, "result"), os.path.join(directory, "link")
+        for place, input, wanted in ((path, "a b", 2), (link, "a b c", 3)):
+            job = ["--output", place, "--strings", "--run", "word_count", input]
+            done = self.job(*job)
+            self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
+            with open(path) as file:
+                self.assertEqual(json.load(file), [wanted])
+            if place == path:
+                os.chmod(path, 0o600)
+                os.symlink(path, link)
+        self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), 0o600)
+
+    def test_an_output_that_is_no_file_is_refused_before_the_work(self) -> None:
+        directory = self.directory()
+        for place, message in (
+            (directory, "is a directory"),
+            (f"{directory}/no/such", "there is no directory"),
+            ("", "FILE is empty"),
+        ):
+            done = self.job("--output", place, "--run", "word_count", "LICENSE")
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(message, done.stderr)
+
+    def test_an_output_may_be_a_device_and_a_full_one_loses_nothing(self) -> None:
+        job = ["--run", "word_count", "LICENSE", "--output"]
+        done = self.job(*job, "/dev/stdout")
+        self.assertEqual((done.returncode, len(json.loads(done.stdout))), (0, 1))
+        if os.path.exists("/dev/full"):
+            done = self.job(*job, "/dev/full")
+            self.assertEqual((done.returncode, len(json.loads(done.stdout))), (1, 1))
+            self.assertIn("No space left on device; so the outputs are", done.stderr)
+
+    def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
+        options = self.with_actions(broken=BROKEN)
+        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
+        many = ["--strings", "--run", "broken", *map(str, range(200))]
+        done = self.job("--fail-fast", *options, *many)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("0: ValueError: it broke", done.stderr)
+        self.assertNotIn("\n199: ", done.stderr)
+        done = self.job("--keep-going", *options, *many[:5])
+        self.assertEqual((done.returncode, done.stdout), (1, "[null, null]\n"))
+
+
+# ---------------------------------------------------------------------------
+# Daemon
+# ---------------------------------------------------------------------------
+
+
 class Daemon(CrowdTest):
     def test_it_starts_once_and_is_silent_and_quick_when_it_runs(self) -> None:
         node = self.daemon()
@@ -3665,17 +3989,6 @@ class Daemon(CrowdTest):
         self.assertEqual(done.returncode, 0)
         self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
-    def test_a_state_path_that_is_a_file_is_said_without_a_traceback(self) -> None:
-        node = self.prepared()
-        shutil.rmtree(node.path("state"))
-        with open(node.path("state"), "w"):
-            pass
-        for command in ("--status", "--stop", "--reload", "--daemon"):
-            done = node.run(command)
-            self.assertEqual(done.returncode, 1)
-            self.assertIn("state_path: can't use", done.stderr)
-            self.assertNotIn("Traceback", done.stderr)
-
     def test_a_start_without_descriptors_is_said_in_a_line(self) -> None:
         node = self.prepared()
         command = 'ulimit -n 9; exec "$@"'
@@ -3690,26 +4003,26 @@ class Daemon(CrowdTest):
         self.assertIn("Too many open files", done.stderr)
         self.assertNotIn("Traceback", done.stderr + node.log())
 
-    def test_a_directory_that_others_can_write_to_is_refused(self) -> None:
-        node = self.prepared(temp_storage_path="work")
-        os.mkdir(node.path("work"))
-        for key, path, mode in (
-            ("temp_storage_path", node.path("work"), 0o1777),
-            ("state_path", node.path("state"), 0o770),
-        ):
-            os.chmod(path, mode)
-            done = node.run("--daemon")
-            self.assertEqual(done.returncode, 1)
-            self.assertIn(f"{key}: others can write to {path}: chmod 700", done.stderr)
-            os.chmod(path, 0o700)
-        self.assertEqual(node.run("--daemon").returncode, 0)
+    def test_a_wedged_node_is_replaced(self) -> None:
+        constants = {"WEDGED_AFTER": 0.5, "HEARTBEAT_DEADLINE": 0.2, "TERM_GRACE": 0.3}
+        node = self.daemon(constants=constants)
+        old = node.daemon_pid
+        os.kill(old, signal.SIGSTOP)
+        done = node.run("--daemon")
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn(f"(process {old}) has not answered for 0.5 s", done.stderr)
+        self.assertNotEqual(node.daemon_pid, old)
+        self.assertFalse(alive(old))
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
-    def test_a_state_directory_that_others_can_look_into_is_warned_of(self) -> None:
-        node = self.prepared()
-        os.chmod(node.path("state"), 0o755)
-        node.start()
-        self.assertEqual(node.said("state_path: others can look into"), 1)
 
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+
+
+class CommandLine(CrowdTest):
     def test_stop_waits_until_the_node_is_gone(self) -> None:
         node = self.daemon()
         pid = node.daemon_pid
@@ -3755,96 +4068,6 @@ class Daemon(CrowdTest):
         self.assertEqual(done.returncode, 4)
         self.assertIn("does not answer", done.stderr)
 
-    def test_a_reload_is_noticed_by_nothing_that_runs(self) -> None:
-        central = self.central()
-        node = self.daemon(central=central)
-        pid = node.take(unit(1, "sleeper", "1.5"))
-        log = node.path("state", "node.log")
-        os.rename(log, log + ".moved")
-        node.write_actions({"fresh.py": ECHO})
-        node.write_config(max_workers=7)
-        self.assertEqual(node.run("--reload").returncode, 0)
-        wait_for(lambda: len(central.check_ins()) == 2, "a check-in")
-        fields = central.check_ins()[1]
-        self.assertIn("fresh", fields["enabled_actions"])
-        self.assertEqual(fields["max_workers"], "7")
-        self.assertEqual(node.do(unit(2, "fresh")), ("succeeded", "x"))
-        self.assertEqual(node.take(unit(1, "sleeper", "1.5")), pid)
-        self.assertTrue(node.said("reloaded; actions: "), "the log was opened again")
-        self.assertEqual(central.outcome(1), ("succeeded", "slept"))
-        self.assertEqual(central.reports(1)[0]["pid"], str(pid))
-        wait_for(lambda: len(our_processes()) == 2, "the old fork server has gone")
-
-    def test_units_from_before_a_reload_can_still_be_ended(self) -> None:
-        node = self.daemon()
-        first, second = (node.take(unit(id, "sleeper", "60")) for id in (1, 2))
-        node.run("--reload")
-        wait_for(lambda: node.said("reloaded"), "the reload")
-        began = time.monotonic()
-        node.take(unit(1, "sleeper", "60", attempts=1))
-        self.assertLess(time.monotonic() - began, 4)
-        self.assertFalse(alive(first))
-        self.assertEqual(node.run("--stop").returncode, 0)
-        wait_for(lambda: not alive(second), "the other is ended too", 1)
-        self.assertEqual(node.units(), [])
-
-    def test_a_reload_that_raises_max_workers_makes_room(self) -> None:
-        central = self.central()
-        node = self.daemon(central=central, max_workers=1)
-        node.take(unit(1, "sleeper", "60"))
-        self.assertEqual(node.post(unit(2))[0], 503)
-        node.write_config(max_workers=2)
-        node.run("--reload")
-        wait_for(lambda: not node.status()["overloaded"], "there is room")
-        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
-
-    def test_a_reload_of_nonsense_changes_nothing(self) -> None:
-        node = self.daemon()
-        node.write_config(max_load="much")
-        done = node.run("--reload")
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("[node] max_load = much: must be a number", done.stderr)
-        os.kill(node.daemon_pid, signal.SIGHUP)
-        wait_for(lambda: node.said("not reloaded, all stays as it was: "), "it is said")
-        self.assertEqual(node.said("[node] max_load = much: must be a number"), 1)
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
-        node.write_config(max_load="")
-
-    def test_a_reload_refuses_directories_that_a_start_would_refuse(self) -> None:
-        node = self.daemon()
-        os.mkdir(node.path("shared"))
-        os.chmod(node.path("shared"), 0o777)
-        node.write_config(temp_storage_path="shared")
-        os.kill(node.daemon_pid, signal.SIGHUP)
-        wait_for(lambda: node.said("not reloaded, all stays as it was: "), "it is said")
-        self.assertEqual(node.said("temp_storage_path: others can write to"), 1)
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
-        self.assertEqual(os.listdir(node.path("shared")), [])
-
-    def test_a_reload_leaves_the_node_where_it_is(self) -> None:
-        node = self.daemon()
-        node.write_config(state_path="elsewhere", port=1)
-        os.kill(node.daemon_pid, signal.SIGHUP)
-        wait_for(lambda: node.said("reloaded; actions: "), "the reload")
-        for key in ("state_path", "port"):
-            self.assertEqual(node.said(f"{key} has changed: that takes a restart"), 1)
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
-        wait_for(lambda: not node.units(), "its record was here and is gone")
-        node.write_config(state_path="state", port=0)
-
-    def test_a_wedged_node_is_replaced(self) -> None:
-        constants = {"WEDGED_AFTER": 0.5, "HEARTBEAT_DEADLINE": 0.2, "TERM_GRACE": 0.3}
-        node = self.daemon(constants=constants)
-        old = node.daemon_pid
-        os.kill(old, signal.SIGSTOP)
-        done = node.run("--daemon")
-        self.assertEqual((done.returncode, done.stdout), (0, ""))
-        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
-        self.assertIn(f"(process {old}) has not answered for 0.5 s", done.stderr)
-        self.assertNotEqual(node.daemon_pid, old)
-        self.assertFalse(alive(old))
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
-
     def test_check_says_what_is_in_order_and_what_is_not(self) -> None:
         central = self.central()
         node = self.prepared(central)
@@ -3882,105 +4105,54 @@ class Daemon(CrowdTest):
         ):
             self.assertIn(text, done.stdout)
 
-    def test_files_are_private_and_the_log_is_rotated(self) -> None:
-        constants = {"LOG_SIZE": 2000, "LOGS_KEPT": 2}
-        node = self.daemon(constants=constants)
-        for id in range(30):
-            node.do(unit(id, "sleeper", "0"))
-        worker = node.take(unit(99, "sleeper", "60"))
-        wait_for(
-            lambda: os.path.exists(node.path("state", "work", "sleeper", "unit_99")),
-            "it",
-        )
-        logs = sorted(name for name in os.listdir(node.path("state")) if "log" in name)
-        self.assertEqual(logs, ["node.log", "node.log.1", "node.log.2"])
-        for root, directories, files in os.walk(node.path("state")):
-            for names, wanted in ((directories, 0o700), (files, 0o600)):
-                for name in names:
-                    mode = os.stat(os.path.join(root, name)).st_mode
-                    self.assertEqual(stat.S_IMODE(mode), wanted, name)
-        self.assertEqual(stat.S_IMODE(os.stat(node.path("state")).st_mode), 0o700)
-        os.kill(worker, signal.SIGKILL)
-        node.central.outcome(99)
+    def test_stubs_are_the_classes_that_central_needs(self) -> None:
+        both = BROKEN + "    def split(self): return []\n"
+        options = self.with_actions(my_pdfs=both)
+        place = os.path.join(self.directory(), "actions")
+        for _ in range(2):  # again over its own is fine
+            done = self.job(*options, "--stubs", place)
+            self.assertEqual(done.returncode, 0, done.stderr)
+        with open(os.path.join(place, "my_pdfs.rb")) as file:
+            text = file.read()
+        self.assertIn("class MyPdfs < CloudCrowd::Action\n  def split\n  end\n", text)
+        self.assertIn("  def process\n  end\n", text)
+        self.assertNotIn("merge", text)
+        self.assertIn(os.path.join(place, "word_count.rb"), done.stdout.split())
+        with open(os.path.join(place, "word_count.rb"), "w") as file:
+            file.write("class WordCount\nend\n")
+        done = self.job(*options, "--stubs", place)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("word_count.rb: is not of --stubs; left alone", done.stderr)
+        done = self.job("--stubs", "")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--stubs: DIR is empty", done.stderr)
 
-    def test_log_lines_look_as_they_should(self) -> None:
-        node = self.daemon()
-        pid = node.take(unit(7))
-        node.central.outcome(7)
-        wait_for(lambda: node.said("succeeded after"), "the log has it")
-        self.assertRegex(
-            node.log(),
-            rf"(?m)^[-0-9]{{10}} [:0-9]{{8}} node\[{node.daemon_pid}\] info: "
-            rf"unit 7 \(echo, process\) started as worker {pid}$",
-        )
+    def test_help_names_every_command_and_option_within_80_columns(self) -> None:
+        done = run_program("--version")
+        self.assertEqual(done.stdout, f"crowdnode {crowdnode.__version__}\n")
+        done = run_program("--help")
+        self.assertLessEqual(max(map(len, done.stdout.splitlines())), 80)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for name, *_ in (*crowdnode.COMMANDS, *crowdnode.OPTIONS):
+            self.assertIn(f"  {name} ", done.stdout)
 
-
-# ---------------------------------------------------------------------------
-# Configuration, command line, other platforms
-# ---------------------------------------------------------------------------
-
-
-class Configuration(CrowdTest):
-    def test_a_wrong_file_is_named_with_section_key_value_and_remedy(self) -> None:
-        directory = self.directory()
-        path = os.path.join(directory, "wrong.conf")
-        for text, said in (
-            (
-                "[node]\nport = 99999",
-                "[node] port = 99999: must be a whole number from 0 to",
-            ),
-            ("[node]\nport = http", "[node] port = http: must be a whole number"),
-            ("[node]\nprot = 1", "[node] prot: unknown key: did you mean port?"),
-            ("[node]\nzzz = 1", "[node] zzz: unknown key: known are central_server"),
-            ("[nod]\nport = 1", "[nod]: unknown section: did you mean node?"),
-            ("[action ../x]\n", "[action ../x]: unknown section"),
-            ("port = 1", "is no INI file"),
-            ("[node]\nport", "is no INI file"),
-            (
-                "[node]\nport = 1\nport = 2",
-                "[node] port: stands there twice; remove one",
-            ),
-            ("[node]\n[node]", "[node] stands there twice"),
-            (
-                "[node]\nmax_load = -1",
-                "[node] max_load = -1: must be a number from 0.01",
-            ),
-            ("[node]\nmax_load = nan", "[node] max_load = nan: must be a number"),
-            ("[node]\nmax_workers = many", "[node] max_workers = many: must be"),
-            ("[node]\nhttp_authentication = si", "= si: must be yes or no"),
-            ("[node]\nhttp_authentication = yes", "needs login and password too"),
-            ("[node]\nlogin = a:b", "login = a:b: must not hold a colon"),
-            ("[node]\ndialect = new", "dialect = new: must be auto or seed or 0.5"),
-            ("[node]\nallow = 10.1.2.3/8", "allow = 10.1.2.3/8: must be addresses or"),
-            ("[node]\nbind = example.org", "bind = example.org: must be an IP address"),
-            ("[node]\nhost = a/b", "host = a/b: must be a host name"),
-            ("[node]\ncentral_server = central:9173", "must be a URL such as http://"),
-            ("[node]\ncentral_server = http://a:b@c", "must not hold a password"),
-            (
-                "[node]\nstorage = cloudfiles",
-                "storage = cloudfiles: must be filesystem",
-            ),
-            ("[node]\nlog_level = loud", "log_level = loud: must be debug or info"),
-            ("[node]\ntime_limit = 0", "time_limit = 0: must be a number from 0.1"),
-            ("[node]\nnice = 20", "nice = 20: must be a whole number from 0 to 19"),
-            ("[action x]\nstages = map", "[action x] stages = map: must be process"),
-            ("[action x]\nport = 1", "[action x] port: unknown key: known are stages"),
-            ("[node]\ntag = a\n  b", "[node] tag: must be a single line"),
-            ("\ufeff[node]\nmax_workers = \u0663", "[node] max_workers = \u0663: must"),
+    def test_options_and_inputs_may_stand_in_any_order(self) -> None:
+        options = self.with_actions(echo=ECHO)
+        for arguments, wanted in (
+            (["--run", "echo", "--strings", "x", "--quiet", "y"], ["x", "y"]),
+            (["--strings", "a", "--run", "echo", "-", "b"], ["a", "line", "b"]),
+            (["--strings", "--run", "echo", "--", "-x"], ["-x"]),
         ):
-            with self.subTest(text):
-                with open(path, "w") as file:
-                    file.write(text)
-                done = run_program("--config", path, "--check")
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertTrue(done.stderr.startswith(f"crowdnode: {path}: "), done)
-                self.assertIn(said, done.stderr)
-                self.assertEqual(len(done.stderr.splitlines()), 1)
+            with self.subTest(arguments):
+                done = self.job(*options, *arguments, input="line\n")
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(json.loads(done.stdout), wanted)
 
     def test_a_wrong_command_line_is_said_with_its_remedy(self) -> None:
         binary = os.path.join(self.directory(), "binary.conf")
         with open(binary, "wb") as file:
             file.write(b"\xff\xfe")
+        run = ["--run", "word_count"]
         for arguments, said in (
             (["--config", "/no/such.conf"], "/no/such.conf: can't be read: "),
             (["--config", binary], "binary.conf: can't be read: "),
@@ -3994,74 +4166,72 @@ class Configuration(CrowdTest):
             (["--json"], "--json goes with --status"),
             (["--strings", "--daemon"], "--strings goes with --run"),
             (["--options", "", "--status"], "--options goes with --run"),
+            (["--fail-fast"], "--fail-fast goes with --run"),
+            ([*run, "--fail-fast", "--keep-going", "x"], "--fail-fast is the opposite"),
+            (["README.md"], "unrecognized arguments: README.md"),
+            (["--run", "word_cuont", "README.md"], "did you mean word_count?"),
+            (run, "needs at least one INPUT"),
+            ([*run, ""], "an INPUT is empty"),
+            ([*run, "nosuch.txt"], "nosuch.txt: is no file and no URL"),
+            ([*run, "/"], "/: is a directory"),
+            (["--options", "[1]", *run, "LICENSE"], "must be a JSON object"),
+            (["--options", "{", *run, "LICENSE"], "--options {: is not JSON"),
         ):
             with self.subTest(arguments):
-                done = run_program(*arguments)
+                done = self.job(*arguments)
                 self.assertEqual((done.returncode, done.stdout), (2, ""), done)
                 self.assertIn(said, done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
 
-    def test_a_directory_that_cannot_be_used_is_named_with_its_key(self) -> None:
-        node = self.prepared()
-        for key in ("state_path", "temp_storage_path", "local_storage_path"):
-            with self.subTest(key):
-                done = node.run("--set", f"{key}=/dev/null/x")
-                self.assertEqual(done.returncode, 1)
-                self.assertIn("/dev/null", done.stderr)
-                self.assertIn(key.replace("local_storage_path", "storage"), done.stderr)
+    def test_output_that_cannot_be_written_is_said_without_a_traceback(self) -> None:
+        run = f"exec {sys.executable} {PROGRAM}"
+        full = "No space left on device"
+        for command, said in (
+            (f"{run} --check | true", ""),
+            *((f"{run} --version >/dev/full", ""),) * os.path.exists("/dev/full"),
+            *((f"{run} --strings --run word_count x >/dev/full", full),)
+            * os.path.exists("/dev/full"),
+        ):
+            with self.subTest(command):
+                done = subprocess.run(
+                    ["sh", "-c", command],
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=environment(HOME=self.directory()),
+                )
                 self.assertNotIn("Traceback", done.stderr)
+                self.assertIn(said, done.stderr)
 
-    def test_the_sample_file_has_every_key_at_its_default(self) -> None:
-        sample = os.path.join(HERE, "crowdnode.conf")
-        with open(sample, encoding="utf-8") as file:
-            text = file.read()
-        found = dict(
-            re.findall(r"(?m)^#([a-z0-9_]+) = ?(.*)$", text.partition("[action ")[0])
-        )
-        defaults = {key: default for key, (default, _) in crowdnode.NODE_KEYS.items()}
-        self.assertEqual(list(found.items()), list(defaults.items()))
-        self.assertLess(set(defaults), set(crowdnode.Config.__annotations__))
-        self.assertEqual(set(crowdnode.STORAGES), set(crowdnode.STORES))
-        in_actions = re.findall(r"(?m)^#([a-z_]+) = ", text.partition("[action ")[2])
-        self.assertEqual(set(in_actions), set(crowdnode.ACTION_KEYS))
-        config = crowdnode.load_config(sample, [])
-        self.assertEqual(config.port, crowdnode.DEFAULT_PORT)
-        uncommented = os.path.join(self.directory(), "crowdnode.conf")
-        with open(uncommented, "w", encoding="utf-8") as file:
-            node = text.partition("#[action ")[0]
-            file.write(re.sub(r"(?m)^#([a-z0-9_]+ =)", r"\1", node))
-        again = crowdnode.load_config(uncommented, [])
-        for key in crowdnode.NODE_KEYS:
-            if not key.endswith("_path"):
-                self.assertEqual(getattr(again, key), getattr(config, key), key)
 
-    def test_what_is_written_is_read_again(self) -> None:
-        path = os.path.join(self.directory(), "crowdnode.conf")
-        with open(path, "w") as file:
-            file.write("[action x]\nstages = process merge\ntime_limit = 1.5\n")
-        settings = [
-            ("max_load", "2.5"),
-            ("allow", "10.0.0.0/8 ::1"),
-            ("tag", "a # b; %c"),
-        ]
-        os.mkdir(os.path.join(os.path.dirname(path), "actions"))
-        config = crowdnode.load_config(path, settings)
-        crowdnode.write_config(config, path)
-        config.settings = []  # they stand in the file now
-        again = crowdnode.load_config(path, [])
-        self.assertEqual(vars(again), vars(config))
+# ---------------------------------------------------------------------------
+# README, and other platforms
+# ---------------------------------------------------------------------------
 
-    def test_relative_paths_start_at_the_configuration_file(self) -> None:
-        path = os.path.join(self.directory(), "crowdnode.conf")
-        with open(path, "w") as file:
-            file.write("[node]\nstate_path = s\nactions_path = a\n")
-        config = crowdnode.load_config(path, [])
-        base = os.path.dirname(path)
-        self.assertEqual(config.state_path, os.path.join(base, "s"))
-        self.assertEqual(config.actions_path, os.path.join(base, "a"))
-        self.assertEqual(config.temp_storage_path, os.path.join(base, "s", "work"))
-        done = run_program("--check", cwd=base)
-        self.assertIn(f"ok: configuration: {path}", done.stdout)
+
+class Readme(CrowdTest):
+    def test_the_examples_of_the_readme_work(self) -> None:
+        directory = self.directory()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", file.read())
+        examples = []
+        for block in blocks:
+            match = re.search(r"# actions/((\w+)\.\w+)", block)
+            if match:
+                lines = [line[4:] for line in block.strip("\n").splitlines()]
+                path = os.path.join(directory, match.group(1))
+                with open(path, "w") as file:
+                    file.write("\n".join(lines).partition("python3 crowdnode.py")[0])
+                os.chmod(path, 0o755)
+                examples.append(match.group(2))
+        self.assertEqual(examples, ["longest_line", "lines"])
+        with open(os.path.join(HERE, "LICENSE")) as file:
+            text = file.read().splitlines(keepends=True)
+        wanted = [max(map(len, text)), len(text)]
+        for name, value in zip(examples, wanted):
+            done = self.job(
+                "--set", f"actions_path={directory}", "--run", name, "LICENSE"
+            )
+            self.assertEqual((done.returncode, done.stdout), (0, f"[{value}]\n"), done)
 
     def test_the_service_files_of_the_readme_are_well_formed(self) -> None:
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
@@ -4082,14 +4252,14 @@ class Configuration(CrowdTest):
             done = subprocess.run(command, capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
 
-    def test_help_names_every_command_and_option_within_80_columns(self) -> None:
-        done = run_program("--version")
-        self.assertEqual(done.stdout, f"crowdnode {crowdnode.__version__}\n")
-        done = run_program("--help")
-        self.assertLessEqual(max(map(len, done.stdout.splitlines())), 80)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for name, *_ in (*crowdnode.COMMANDS, *crowdnode.OPTIONS):
-            self.assertIn(f"  {name} ", done.stdout)
+
+STANDARD = """
+    __future__ argparse base64 bisect collections configparser contextlib ctypes difflib
+    email errno fcntl gc hashlib heapq hmac html http importlib io ipaddress json
+    logging mimetypes os py_compile queue random re resource select shlex shutil signal
+    socket struct subprocess sys tarfile tempfile threading time typing urllib warnings
+    zlib
+""".split()  # noqa: SIM905
 
 
 class Portability(CrowdTest):
@@ -4115,33 +4285,6 @@ class Portability(CrowdTest):
         sentence = b"crowdnode needs Linux or macOS: it forks its workers.\n"
         self.assertEqual((done.returncode, done.stdout), (2, b""))
         self.assertEqual(done.stderr, sentence)
-
-    def test_a_mac_scrapes_vm_stat(self) -> None:
-        """With the text of one: this machine has no vm_stat."""
-        directory = self.directory()
-        text = "Mach Virtual Memory Statistics: (page size of 16384 bytes)"
-        free = "Pages free:                       64000."
-        write_script(directory, "vm_stat", f"echo '{text}'\necho '{free}'")
-        program = (
-            f"import sys; sys.path.insert(0, {HERE!r}); import crowdnode; "
-            "crowdnode.import_command_modules(); crowdnode.import_node_modules(); "
-            "sys.platform = 'darwin'; print(crowdnode.free_memory())"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            stdout=subprocess.PIPE,
-            env=environment(PATH=f"{directory}:/usr/bin:/bin"),
-        )
-        self.assertEqual(done.stdout, b"1000.0\n")
-
-
-STANDARD = """
-    __future__ argparse base64 bisect collections configparser contextlib ctypes difflib
-    email errno fcntl gc hashlib heapq hmac html http importlib io ipaddress json
-    logging mimetypes os py_compile queue random re resource select shlex shutil signal
-    socket struct subprocess sys tarfile tempfile threading time typing urllib warnings
-    zlib
-""".split()  # noqa: SIM905
 
 
 # ---------------------------------------------------------------------------
@@ -4201,7 +4344,8 @@ def run_all() -> int:
         if isinstance(value, type) and issubclass(value, unittest.TestCase)
     ]
     classes.sort(key=lambda cls: -len(loader.getTestCaseNames(cls)))
-    classes.sort(key=lambda cls: cls is not SystemCalls)  # which takes longest
+    long = (SystemCalls, Upgrade, CommandLine, RunEnds, BuiltIn)
+    classes.sort(key=lambda cls: cls not in long)  # these first
     names = [cls.__name__ for cls in classes if loader.getTestCaseNames(cls)]
     total = [0, 0, 0]
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
