@@ -487,6 +487,35 @@ def end_children(spared: Iterable[int]) -> None:
                 pass
 
 
+own_children: set[subprocess.Popen[bytes]] = set()  # that a thread waits for
+
+
+def run_child(
+    command: list[str], seconds: float, environment: dict[str, str] | None = None
+) -> tuple[int, bytes, bytes]:
+    """Run a program to its end: its status, what it printed and what it said of errors.
+    Raises OSError, and subprocess.TimeoutExpired where it takes longer."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    own_children.add(process)
+    try:
+        with process:
+            try:
+                output, errors = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                kill_group(process.pid, signal.SIGKILL)
+                raise
+    finally:
+        own_children.discard(process)
+    return process.returncode, output, errors
+
+
 # ---------------------------------------------------------------------------
 # Configuration: knows the keys, their defaults and what they may say; knows
 # nothing of what is done with them.
@@ -959,33 +988,15 @@ def parse_vm_stat(vm_stat: str) -> float | None:
     return int(free.group(1)) * int(page.group(1)) / MEGABYTE
 
 
-running_commands: set[subprocess.Popen[bytes]] = set()
-
-
 def command_output(name: str) -> str:
     """What the command prints; empty where it is missing or hangs.
 
     LC_ALL=C: elsewhere the first number with a point may be the clock."""
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        process = subprocess.Popen(
-            [name],
-            env={**os.environ, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError:
+        _, output, _ = run_child([name], SCRAPE_DEADLINE, environment)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
-    running_commands.add(process)
-    with process:
-        try:
-            output = process.communicate(timeout=SCRAPE_DEADLINE)[0]
-        except subprocess.TimeoutExpired:
-            kill_group(process.pid, signal.SIGKILL)
-            return ""
-        finally:
-            running_commands.discard(process)
     return output.decode("utf-8", "replace")
 
 
@@ -1609,10 +1620,6 @@ class ExecutableAction(Action):
             raise ActionFailed(f"can't start {self.path}: {error.strerror}") from None
         run_program([self.path, stage], [(0, stdin), (1, stdout)])
         return self._result(stdout)
-
-    def process(self) -> Any:
-        """See Action; split and merge are like it, where the stages have them."""
-        return self.execute("process")
 
     def _unnamed_file(self) -> int:
         name = os.path.join(self.work_directory, ".crowdnode")
@@ -3423,18 +3430,15 @@ def compiled(config: Config) -> str:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             if file.read(len(head)) == head:
                 return path
-        subprocess.run(
-            [sys.executable, "-c", COMPILER, PROGRAM, path],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=True,
-            timeout=LOAD_DEADLINE,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("can't write %s: %s", path, error)
-        return PROGRAM
-    return path
+        command = [sys.executable, "-c", COMPILER, PROGRAM, path]
+        status, _, errors = run_child(command, LOAD_DEADLINE)
+        if status == 0:
+            return path
+        problem = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    log.warning("can't write %s: %s", path, problem)
+    return PROGRAM
 
 
 class Program:
@@ -3456,18 +3460,13 @@ class Program:
         if not self.is_replaced():
             return False
         problem = ""
+        command = [sys.executable, PROGRAM, *config.arguments(), "--status"]
         try:
-            trial = subprocess.run(
-                [sys.executable, PROGRAM, *config.arguments(), "--status"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=LOAD_DEADLINE,
-            )
-            if trial.returncode not in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT):
-                problem = trial.stderr.decode("utf-8", "replace").strip()
-                problem = problem or describe_end(trial.returncode)
-        except (OSError, subprocess.SubprocessError) as error:
+            status, _, errors = run_child(command, LOAD_DEADLINE)
+            if status not in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT):
+                problem = errors.decode("utf-8", "replace").strip()
+                problem = problem or f"exit status {status}"
+        except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
         if problem:
             log.error("%s has been replaced by one that does not work here, so this "
@@ -3698,7 +3697,7 @@ class ForkServers:
         orphans where the node is a container's first process.  Seen twice, so that
         it is none that somebody has just started."""
         known = {link.pid for link in self._all}
-        strays = set(children()) - known - {command.pid for command in running_commands}
+        strays = set(children()) - known - {child.pid for child in own_children}
         for pid in strays & self._strays:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -5448,8 +5447,6 @@ class NodeHandler(RequestHandler):
         request = parse_unit(fields["work_unit"])
         try:
             unit = node.intake.take(request)
-        except RecursionError:
-            raise BadRequest("work_unit is nested too deeply") from None
         except NodeOverloaded as error:
             node.tally.count("refused")
             try:
@@ -5698,7 +5695,7 @@ class Lifetime:
         node.watch.end_all(released=self.clean)
         node.servers.stop()
         node.servers.wait(KILL_GRACE)
-        for process in list(running_commands):
+        for process in list(own_children):
             kill_group(process.pid, signal.SIGKILL)
         log.info("stopped")
 

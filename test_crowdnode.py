@@ -41,7 +41,9 @@ import threading
 import time
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.parse
+import urllib.request
 from typing import Any, Callable, Dict, Iterator, Optional
 
 import crowdnode
@@ -187,6 +189,7 @@ WEB: dict[str, tuple[int, dict[str, str], bytes]] = {
     "/short": (200, {"Content-Length": "100"}, b"short"),
     "/broken.gz": (200, {"Content-Encoding": "gzip"}, PACKED[:-4]),
     "/slow.txt": (200, {}, b"slow text"),
+    "/odd.gz": (200, {"Content-Encoding": "gzip"}, b"not packed at all"),
 }
 
 
@@ -899,17 +902,18 @@ WRONG_FILES = [
 
 class Configuration(CrowdTest):
     def test_a_wrong_file_is_named_with_section_key_value_and_remedy(self) -> None:
-        directory = self.directory()
-        path = os.path.join(directory, "wrong.conf")
+        path = os.path.join(self.directory(), "wrong.conf")
         for text, said in WRONG_FILES:
             with self.subTest(text):
-                with open(path, "w") as file:
+                with open(path, "w", encoding="utf-8") as file:
                     file.write(text)
-                done = run_program("--config", path, "--check")
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertTrue(done.stderr.startswith(f"crowdnode: {path}: "), done)
-                self.assertIn(said, done.stderr)
-                self.assertEqual(len(done.stderr.splitlines()), 1)
+                with self.assertRaises(crowdnode.UsageError) as caught:
+                    crowdnode.load_config(path, [])
+                self.assertTrue(str(caught.exception).startswith(f"{path}: "))
+                self.assertIn(said, str(caught.exception))
+        done = run_program("--config", path, "--check")
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertEqual(done.stderr, f"crowdnode: {caught.exception}\n")
 
     def test_the_sample_file_has_every_key_at_its_default(self) -> None:
         sample = os.path.join(HERE, "crowdnode.conf")
@@ -1111,7 +1115,10 @@ class Records(CrowdTest):
                 b'"process", "attempts": 0, "digest": "d", "started": 1.0}\n'
                 b'pid 999999\nsucceeded 1.5 {"output":"found"}\n'
             )
+        rubbish = node.path("state", "work", "echo", "unit_9.1.rubbish")
+        os.makedirs(rubbish)
         node.start()
+        self.assertFalse(os.path.exists(rubbish))
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
         os.rmdir(os.path.join(units, "4.out"))
         node.settled()
@@ -1383,6 +1390,7 @@ MIXED_NODE: dict[str, Any] = {
     },
     "action mixed": "memory_limit = 500\nfile_limit = 1\nnice = 7",
     "action sleeper": "time_limit = 1",
+    "action echo": "time_limit = 60",
     "action shell": "stages = split process merge",
     "local_storage_path": "storage",
 }
@@ -1490,6 +1498,7 @@ class Actions(SharedNode):
                 ("/missing", "404"),
                 ("/short", "only 5 of 100 bytes came"),
                 ("/broken.gz", "cut short"),
+                ("/odd.gz", "error"),
                 ("/loop", "redirect"),
             ):
                 with self.subTest(path):
@@ -1748,6 +1757,15 @@ class Loading(CrowdTest):
         node = self.node(disable_default_actions="yes")
         self.assertNotIn("word_count", node.status()["actions"])
 
+    def test_modules_that_do_not_load_in_time_end_the_start(self) -> None:
+        slow = "import time; time.sleep(60)\n"
+        node = self.prepared(
+            actions={"slow.py": slow + ECHO}, constants={"LOAD_DEADLINE": 0.5}
+        )
+        done = node.run()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("the actions did not load within 0.5 s", done.stderr)
+
     def test_what_a_module_prints_when_it_loads_is_in_the_log(self) -> None:
         node = self.node(actions={"echo.py": "print('loading')" + ECHO})
         self.assertEqual(node.said(" fork server output: loading"), 1)
@@ -1898,6 +1916,20 @@ class Workers(SharedNode):
         outcome = self.shared.do(unit(self.new_id(), "sleeper", "60"))
         self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
 
+    def test_the_time_limits_of_many_that_have_ended_are_forgotten(self) -> None:
+        for number in range(120):
+            self.shared.take(unit(f"many-{number}"))
+        outcome = self.shared.do(unit(self.new_id(), "sleeper", "60"))
+        self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
+
+    def test_a_work_directory_that_an_earlier_attempt_left_is_emptied(self) -> None:
+        id = self.new_id()
+        left = self.shared.path("state", "work", "mixed", f"unit_{id}")
+        os.makedirs(os.path.join(left, "deep"))
+        outcome = self.shared.do(unit(id, "mixed", options={"do": "directory"}))
+        self.assertEqual(sorted(outcome[1][3]), ["deep", "scratch"])
+        self.assertEqual(os.listdir(os.path.dirname(left)), [])
+
     def test_benchmark_in_the_options_logs_the_time_it_took(self) -> None:
         self.shared.do(unit(self.new_id(), options={"benchmark": True}))
         wait_for(
@@ -1963,6 +1995,10 @@ class Rogue(Action):
         os.closerange(0, 1000)
         return "closed"
 
+    def close_standard_output(self):
+        sys.stdout.close()
+        return "closed"
+
     def write_over_all_descriptors(self):
         os.closerange(0, 1000)
         files = [open(f"file{number}", "w") for number in range(50)]
@@ -1987,6 +2023,9 @@ class Rogue(Action):
     def leave_a_thread(self):
         threading.Thread(target=time.sleep, args=[600]).start()
         return "left"
+
+    def return_30_megabytes(self):
+        return "x" * 30_000_000
 
     def return_100_megabytes(self):
         return "x" * 100_000_000
@@ -2082,7 +2121,7 @@ class Misbehaviour(CrowdTest):
         self.check_deeds(
             [
                 ("print_much", "succeeded", "printed"),
-                ("return_100_megabytes", "succeeded", "x" * 100_000_000),
+                ("return_30_megabytes", "succeeded", "x" * 30_000_000),
             ]
         )
 
@@ -2091,6 +2130,7 @@ class Misbehaviour(CrowdTest):
         self.check_deeds(
             [
                 ("close_all_descriptors", "succeeded", "closed"),
+                ("close_standard_output", "succeeded", "closed"),
                 ("write_over_all_descriptors", "succeeded", "written"),
                 ("delete_their_directory", "succeeded", "deleted"),
                 ("change_the_umask", "succeeded", None),
@@ -2107,7 +2147,7 @@ class Misbehaviour(CrowdTest):
 # the system fail, once, where the program makes it: CALL PLACE CALLER ERRNO, in a file
 # that all of them map.  Or, told "trace", it writes down the places.
 SITECUSTOMIZE = """
-import builtins, fcntl, mmap, os, socket, sys
+import builtins, fcntl, mmap, os, socket, sys, threading
 
 path = os.environ["CROWDNODE_FAULTS"]
 with open(path, "r+b") as file:
@@ -2129,6 +2169,8 @@ def wrap(module, name):
                 write(seen, site.encode() + b"\\n")
             elif wanted.rpartition(" ")[0] == site:
                 armed[0] = 0
+                if name == "start":
+                    raise RuntimeError("can't start new thread")
                 number = int(wanted.rpartition(" ")[2])
                 raise OSError(number, os.strerror(number))
         return real(*args, **options)
@@ -2144,6 +2186,7 @@ for name in '''
 wrap(builtins, "open")
 wrap(fcntl, "flock")
 wrap(socket, "socketpair")
+wrap(threading.Thread, "start")
 """
 FAULTS = ("ENOSPC", "EMFILE", "EAGAIN", "EACCES", "EIO", "EINTR")
 
@@ -2390,6 +2433,7 @@ class Client(CrowdTest):
         node = self.node(central, **secret)
         right = "Authorization: Basic YWxpIGNlOnMzY3I6ZXQ=\r\n"
         self.assertEqual(node.post(unit())[0], 401)
+        self.assertEqual(node.run("--status").returncode, 0)
         self.assertEqual(node.send(work_request(unit(), right))[0], 200)
         self.assertEqual(central.outcome(1), ("succeeded", "x"))
         node.stop()
@@ -2402,6 +2446,24 @@ class Client(CrowdTest):
 
 
 class Surroundings(CrowdTest):
+    def test_a_host_name_that_central_can_not_dial_is_warned_of(self) -> None:
+        settings = [("central_server", "http://192.0.2.1"), ("host", "127.0.0.1")]
+        config = crowdnode.load_config("", settings)
+        ((level, sentence),) = crowdnode.host_problems(config)
+        self.assertEqual(level, "warning")
+        self.assertIn("is this machine alone (127.0.0.1), but central is", sentence)
+        config.host = "192.0.2.2"
+        self.assertEqual(crowdnode.host_problems(config), [])
+
+    def test_a_clock_that_stands_before_the_program_is_warned_of(self) -> None:
+        path = os.path.join(self.directory(), "program")
+        with open(path, "w"):
+            os.utime(path, (time.time() + 3600,) * 2)
+        config = crowdnode.load_config("", [("state_path", self.directory())])
+        with unittest.mock.patch.object(crowdnode, "PROGRAM", path):
+            warnings = crowdnode.state_warnings(config)
+        self.assertIn(f"clock: it stands before the day {path} was written", warnings)
+
     def test_a_directory_that_cannot_be_used_is_named_with_its_key(self) -> None:
         node = self.prepared()
         for key in ("state_path", "temp_storage_path", "local_storage_path"):
@@ -2577,6 +2639,22 @@ class Tools(CrowdTest):
 
 
 class ForkServers(CrowdTest):
+    def test_a_child_that_somebody_waits_for_is_not_taken_for_a_stray(self) -> None:
+        config = crowdnode.load_config("", [])
+        servers = crowdnode.ForkServers(
+            crowdnode.Program(PROGRAM),
+            config,
+            crowdnode.Overload(),
+            lambda link, message: None,
+            lambda: None,
+        )
+        silent = ["sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 7"]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(crowdnode.run_child, silent, DEADLINE)
+            while not waiting.done():
+                servers.bury_strays()
+        self.assertEqual(waiting.result(), (7, b"", b""))
+
     def test_a_dead_fork_server_is_replaced_and_its_workers_go_on(self) -> None:
         central = self.central()
         node = self.node(central)
@@ -2619,6 +2697,18 @@ class ForkServers(CrowdTest):
                 self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
                 self.assertEqual(central.check_ins()[-1]["busy"], "false")
                 self.assertGreater(len(central.check_ins()), 1)
+
+    def test_a_worker_that_starts_too_late_is_ended(self) -> None:
+        node = self.node(constants={"START_DEADLINE": 0.3})
+        os.kill(node.fork_server, signal.SIGSTOP)
+        self.assertEqual(node.post(unit(1, "sleeper", "60"))[0], 503)
+        os.kill(node.fork_server, signal.SIGCONT)
+        wait_for(lambda: not node.status()["overloaded"], "it answers again")
+        node.settled()
+        wait_for(lambda: len(our_processes()) == 2, "no worker is left")
+        self.assertEqual(node.central.reports(1), [])
+        self.assertEqual(node.status()["counts"]["accepted"], 0)
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
 
     def test_the_fork_server_outlives_the_node_until_its_last_worker_has_ended(
         self,
@@ -3057,6 +3147,13 @@ class Shown(CrowdTest):
         self.assertIn('points="57,68.3 59,4.8"', plot)
         self.assertIn("nothing yet", crowdnode.draw_plot("load", [None], None))
 
+    def test_times_are_rounded_as_people_do(self) -> None:
+        for seconds, words in (
+            (None, "never"), (0.04, "0.0 s"), (9.94, "9.9 s"), (119, "119 s"),
+            (150, "2 min"), (7200, "2 h"), (200_000, "2 d"),
+        ):  # fmt: skip
+            self.assertEqual(crowdnode.ago(seconds), words)
+
     def test_metrics_say_what_the_status_says(self) -> None:
         node = self.node()
         for number in range(3):
@@ -3261,6 +3358,15 @@ class Connections(CrowdTest):
         self.assertEqual(
             (head[0], head[1]["Content-Length"], head[2]), (401, "22", b"")
         )
+
+    def test_a_node_may_listen_on_ipv6(self) -> None:
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                self.skipTest("needs IPv6")
+        node = self.node(bind="::1")
+        self.assertEqual(node.run("--status").returncode, 0)
 
     def test_addresses_and_networks_in_allow_may_connect(self) -> None:
         node = self.node(allow="192.0.2.7, 127.0.0.0/8")
@@ -3482,6 +3588,13 @@ class Reloads(CrowdTest):
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
         wait_for(lambda: len(our_processes()) == 2, "the old fork server has gone")
 
+    def test_a_dialect_that_was_found_is_kept(self) -> None:
+        central = self.central(seed=True)
+        node = self.daemon(central=central, dialect="auto")
+        node.run("--reload")
+        wait_for(lambda: len(central.check_ins()) == 2, "a check-in")
+        self.assertEqual(node.status()["central"]["dialect"], "seed")
+
     def test_units_from_before_a_reload_can_still_be_ended(self) -> None:
         node = self.daemon()
         first, second = (node.take(unit(id, "sleeper", "60")) for id in (1, 2))
@@ -3661,6 +3774,16 @@ class Upgrade(CrowdTest):
         self.assertEqual(node.central.calls[-1][0], "DELETE")
         self.assertEqual(node.said("crowdnode 1.0.1, 127.0.0.1 port"), 0)
 
+    def test_what_the_command_line_says_holds_after_an_upgrade(self) -> None:
+        node = self.installed(daemon=False)
+        node.write_config(port=self.free_port())
+        done = node.run("--daemon", "--set", "max_workers=3")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.install(node, "1.0.1")
+        node.run("--reload")
+        self.upgraded(node, "1.0.1")
+        self.assertEqual(node.status()["max_workers"], 3)
+
     def test_an_upgrade_survives_that_central_is_away(self) -> None:
         node = self.installed()
         node.central.stop()
@@ -3730,6 +3853,19 @@ class Run(CrowdTest):
             words += len(text.read().split())
         self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [words]))
         self.assertEqual(os.listdir(home), [], "files are left")
+
+    def test_one_file_in_an_empty_directory_is_enough(self) -> None:
+        directory = self.directory()
+        program = shutil.copy(PROGRAM, directory)
+        license = crowdnode.file_url(os.path.join(HERE, "LICENSE"))
+        done = subprocess.run(
+            [sys.executable, program, "--run", "word_count", license],
+            cwd=directory,
+            capture_output=True,
+            env=environment(HOME=directory, TMPDIR=directory),
+        )
+        words = len(crowdnode.read_file(os.path.join(HERE, "LICENSE")).split())
+        self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [words]))
 
     def test_outputs_come_in_the_order_of_500_inputs_with_a_bar_on_a_terminal(
         self,
@@ -3853,6 +3989,19 @@ class RunEnds(CrowdTest):
             os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
             output, errors = process.communicate(timeout=DEADLINE)
         self.assertEqual(json.loads(output), ["slept"] * 8, errors.decode())
+
+    def test_nobody_else_can_hand_in_results(self) -> None:
+        options = self.with_actions(sleeper=SLEEPER)
+        job = [*options, "--strings", "--run", "sleeper", "60"]
+        with self.started_job(*job) as (process, directory):
+            (name,) = os.listdir(directory)
+            config = crowdnode.load_config(f"{directory}/{name}/crowdnode.conf", [])
+            url = f"{config.central_server}/work/1"
+            request = urllib.request.Request(url, b"status=succeeded", method="PUT")
+            with self.assertRaisesRegex(urllib.error.HTTPError, "401"):
+                urllib.request.urlopen(request, timeout=DEADLINE)
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(DEADLINE), 130)
 
     def test_a_node_whose_run_was_killed_ends_too(self) -> None:
         options = self.with_actions(sleeper=SLEEPER)
@@ -4123,9 +4272,13 @@ class CommandLine(CrowdTest):
         done = self.job(*options, "--stubs", place)
         self.assertEqual(done.returncode, 1)
         self.assertIn("word_count.rb: is not of --stubs; left alone", done.stderr)
-        done = self.job("--stubs", "")
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("--stubs: DIR is empty", done.stderr)
+        for place, status, said in (
+            ("", 2, "--stubs: DIR is empty"),
+            ("/dev/null/x", 1, "--stubs: can't write /dev/null/x"),
+        ):
+            done = self.job("--stubs", place)
+            self.assertEqual(done.returncode, status)
+            self.assertIn(said, done.stderr)
 
     def test_help_names_every_command_and_option_within_80_columns(self) -> None:
         done = run_program("--version")
