@@ -5933,6 +5933,73 @@ class CentralHandler(HandlerBase):
         """No access log."""
 
 
+class Progress:
+    """What a person is told of a job on standard error.
+
+    quiet: of nothing but failures; log: the path of the node's."""
+
+    def __init__(
+        self, central: LocalCentral, inputs: list[str], quiet: bool, log: str
+    ) -> None:
+        self.central = central
+        self.inputs = inputs
+        self.quiet = quiet
+        self.log = log
+        self._began = time.monotonic()
+        self._told = 0  # failures
+
+    def show(self) -> None:
+        """Failures that are new, and on a terminal a bar."""
+        self._show_failures()
+        central, running = self.central, len(self.central.sent)
+        done = central.total - len(central.pending) - running
+        if not sys.stderr.isatty() or self.quiet:
+            return
+        bar = "#" * (20 * done // max(1, central.total))
+        rate = done / max(0.001, time.monotonic() - self._began)
+        left = f", {ago((central.total - done) / rate)} left" if rate else ""
+        counts = f"{self._counts(done)}, {running} running, {rate:.1f}/s{left}"
+        sys.stderr.write(f"\r\033[K[{bar:<20}] {counts}")
+        sys.stderr.flush()
+
+    def finish(self) -> None:
+        """What is new, what the workers printed if any input failed, and the counts."""
+        self._show_failures()
+        central = self.central
+        if central.failures:  # tracebacks above all: who tries an action out wants them
+            for line in self.log_tail().splitlines():
+                if " output: " in line:
+                    self.say(line)
+        self.say(self._counts(central.total - len(central.pending) - len(central.sent)))
+
+    def say(self, sentence: str) -> None:
+        """Print it, in the place of the bar."""
+        if not self.quiet:
+            self._print(sentence)
+
+    def log_tail(self) -> str:
+        """The end of the node's log."""
+        with contextlib.suppress(OSError):
+            return read_file(self.log, OUTPUT_TAIL).decode("utf-8", "replace")
+        return ""
+
+    def _show_failures(self) -> None:
+        central = self.central
+        for task in central.failures[self._told :]:
+            merge = task is central.merged
+            name = "merge" if merge else self.inputs[task.place[0]]
+            self._print(f"{name}: {task.reason}")
+            self._told += 1
+
+    def _counts(self, done: int) -> str:
+        failed = len(self.central.failures)
+        return f"{done} of {self.central.total} done, {failed} failed"
+
+    def _print(self, sentence: str) -> None:
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{clear}{sentence}", file=sys.stderr)
+
+
 class LocalRun:
     """One job on this machine: a LocalCentral, a real node, its workers."""
 
@@ -5941,6 +6008,7 @@ class LocalRun:
         config: Config,
         action: str,
         options: Json,
+        inputs: list[str],
         arguments: argparse.Namespace,
     ) -> None:
         loader = ActionLoader(config)
@@ -5949,22 +6017,21 @@ class LocalRun:
             problems = "".join(f"\n{sentence}" for _, sentence in loader.problems)
             remedy = nearest(action, sorted(actions)) if actions else "there is none"
             raise UsageError(f"--run {action}: no such action: {remedy}{problems}")
-        self.quiet: bool = arguments.quiet
         self.fail_fast: bool = arguments.fail_fast
         self.output: str | None = arguments.output
         if self.output is not None:
             check_output(self.output)
-        self.action = action
-        self.began = time.monotonic()
+        self.inputs = inputs
         self.directory = tempfile.mkdtemp(prefix="crowdnode-")
         self.config = self._node_config(config)
         stages = stages_of(actions[action])
         self.central = LocalCentral(self.config, action, stages, options)
+        quiet, log = arguments.quiet, self._path("log")
+        self.progress = Progress(self.central, inputs, quiet, log)
         self.node: subprocess.Popen[bytes] | None = None
-        self.told = 0  # failures that were printed
         self.interrupted = False  # or done: no signal counts any more
 
-    def run(self, inputs: list[str]) -> int:
+    def run(self) -> int:
         """Do the job; print its outputs.  Returns the exit status."""
         for number in NODE_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
@@ -5972,10 +6039,10 @@ class LocalRun:
         try:
             self.config.central_server = f"http://127.0.0.1:{self.central.start()}"
             write_config(self.config, self._path("crowdnode.conf"))
-            self.central.add_inputs(inputs)
-            self._wait(inputs)
+            self.central.add_inputs(self.inputs)
+            self._wait()
         except KeyboardInterrupt:
-            self._say("interrupted")
+            self.progress.say("interrupted")
             return EXIT_INTERRUPTED
         finally:
             try:
@@ -6051,59 +6118,20 @@ class LocalRun:
                 start_new_session=True,  # Ctrl-C comes to us, and we stop it
             )
 
-    def _wait(self, inputs: list[str]) -> None:
+    def _wait(self) -> None:
         starts = 0
         while not self.central.finished.wait(0.05 if starts else 0):
-            self._show(inputs)
+            self.progress.show()
             if self.fail_fast and self.central.failures:
                 break
             if self.node is None or self.node.poll() is not None:
                 status = self.node.returncode if self.node else 0
                 if starts == 5 or (status > 0 and not self.central.known):
-                    raise CrowdError(f"the node does not run:\n{self._log_tail()}")
+                    log = self.progress.log_tail()
+                    raise CrowdError(f"the node does not run:\n{log}")
                 self._start_node()
                 starts += 1
-        self._show(inputs, last=True)
-
-    def _show(self, inputs: list[str], last: bool = False) -> None:
-        central = self.central
-        while self.told < len(central.failures):
-            task = central.failures[self.told]
-            name = inputs[task.place[0]] if task is not central.merged else "merge"
-            self._say(f"{name}: {task.reason}", always=True)
-            self.told += 1
-        running, failed = len(central.sent), len(central.failures)
-        done = central.total - len(central.pending) - running
-        counts = f"{done} of {central.total} done, {failed} failed"
-        if last:
-            if central.failures:
-                self._print_output()
-            self._say(counts)
-        elif sys.stderr.isatty() and not self.quiet:
-            bar = "#" * (20 * done // max(1, central.total))
-            rate = done / max(0.001, time.monotonic() - self.began)
-            left = f", {ago((central.total - done) / rate)} left" if rate else ""
-            sys.stderr.write(
-                f"\r\033[K[{bar:<20}] {counts}, {running} running, {rate:.1f}/s{left}"
-            )
-            sys.stderr.flush()
-
-    def _say(self, sentence: str, always: bool = False) -> None:
-        if always or not self.quiet:
-            clear = "\r\033[K" if sys.stderr.isatty() else ""
-            print(f"{clear}{sentence}", file=sys.stderr)
-
-    def _print_output(self) -> None:
-        """What the workers printed, tracebacks above all: who tries an action out
-        wants to see it."""
-        for line in self._log_tail().splitlines():
-            if " output: " in line:
-                self._say(line)
-
-    def _log_tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return read_file(self._path("log"), OUTPUT_TAIL).decode("utf-8", "replace")
-        return ""
+        self.progress.finish()
 
     def _clean_up(self) -> None:
         """Nothing is left: no process, no file, however impatient a person is."""
@@ -6721,8 +6749,7 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
     if not isinstance(options, dict):
         raise UsageError(f"--options {arguments.options}: must be a JSON object")
     given = inputs if arguments.strings else [input_of(item) for item in inputs]
-    job = LocalRun(config, arguments.run, options, arguments)
-    return job.run(given)
+    return LocalRun(config, arguments.run, options, given, arguments).run()
 
 
 COMMANDS = (
