@@ -2360,7 +2360,6 @@ def encoded_failure(message: str) -> bytes:
 #     ["ended", id, wait status, timed out]      ["tried", reason or null]
 # ---------------------------------------------------------------------------
 
-
 LOOK_INTERVAL = 0.1  # seconds from a worker's end to a look at what it has left
 ERROR_PAUSE = 0.02  # seconds, where the kernel has refused what must be done
 
@@ -2720,10 +2719,9 @@ def run_fork_server(descriptor: int) -> int:
 
 
 # ---------------------------------------------------------------------------
-# Central, as its client sees it.  Knows the wire to central in both dialects;
-# nothing of units but what is reported of them.
+# Central: the wire to it, in both dialects.  Knows nothing of units but what is
+# reported of them.
 # ---------------------------------------------------------------------------
-
 
 CONNECT_DEADLINE = 10  # seconds
 CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
@@ -3084,8 +3082,8 @@ def is_loopback(addresses: set[str]) -> bool:
 
 
 # ---------------------------------------------------------------------------
-# Node, part one: its tools.  The log, threads, loops that no fault ends, signals, and
-# the reasons to refuse work.
+# The node's tools: the log, threads, loops that no fault ends, signals, and the reasons
+# to refuse work.  They know nothing of units.
 # ---------------------------------------------------------------------------
 
 RETRY_WAIT = 5  # seconds, doubled at each failure up to
@@ -3388,10 +3386,9 @@ class Signals:
 
 
 # ---------------------------------------------------------------------------
-# Node, part two: its fork servers.  Knows how one is started, spoken to and replaced;
-# what it says of units is for the next part.
+# The node's fork servers: how one is started, spoken to and replaced.  What it says of
+# units is for the next part.
 # ---------------------------------------------------------------------------
-
 
 SEND_DEADLINE = 10  # seconds for the fork server to read a message
 PROBE_DEADLINE = 30  # seconds for the fork server to answer a probe
@@ -3770,8 +3767,8 @@ class ForkServers:
 
 
 # ---------------------------------------------------------------------------
-# Node, part three: the units.  Knows what each unit's state is and what comes next;
-# the directory of records is the truth, and this is a cache of it.
+# The node's units: what each one's state is, and what comes next.  The directory of
+# records is the truth, and this is a cache of it.
 #
 # A unit is "starting" (its record is being written and its worker forked), "running",
 # and "ended".  Then its outcome is reported and it is forgotten: once central knows
@@ -3779,11 +3776,7 @@ class ForkServers:
 # and is forgotten when its worker has ended.
 # ---------------------------------------------------------------------------
 
-START_DEADLINE = 5  # seconds for the fork server to answer for a unit
-REPLY_DEADLINE = 5  # seconds for a reply to be written before its unit is reported
 RECENT = 20  # units that ended, on the page
-REPORTERS = 4  # threads: central gets this many reports at once, at most
-UNWATCHED = "the worker died while nobody watched it"
 OUTCOMES = ("succeeded", "failed", "died", "timed_out")
 COUNTS = ("accepted", "refused", *OUTCOMES, "reported")
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
@@ -3836,37 +3829,6 @@ class Unit:
         return {**fields, "seconds": round(self.seconds(), 3)}
 
 
-def parse_unit(text: str) -> Json:
-    """A unit as it came in the field work_unit.  Raises BadRequest."""
-    try:
-        unit = strict_json(text)
-    except ValueError as error:
-        raise BadRequest(f"work_unit is not JSON: {error}") from None
-    if not isinstance(unit, dict):
-        raise BadRequest("work_unit is not a JSON object")
-    for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
-        if unit.get(key) is None:
-            unit[key] = default
-    for key in ("id", "job_id"):
-        value = unit.get(key)
-        plain = isinstance(value, (int, str)) and not isinstance(value, bool)
-        if not plain or not UNIT_ID.fullmatch(str(value)):
-            raise BadRequest(
-                f"the unit's {key} is no whole number and not 1 to 64 of A-Za-z0-9_-"
-            )
-    if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
-        raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
-    for key, kind, name in (
-        ("input", str, "a string"),
-        ("action", str, "a string"),
-        ("options", dict, "an object"),
-        ("attempts", int, "a number"),
-    ):
-        if not isinstance(unit.get(key), kind):
-            raise BadRequest(f"the unit's {key} is not {name}")
-    return unit
-
-
 class Histogram:
     """How long units took: how many up to each of BUCKETS, and the seconds in all."""
 
@@ -3913,100 +3875,6 @@ class Tally:
                     "at": time.time(),
                 }
             )
-
-
-class Reporter:
-    """Has outcomes delivered to central by a few threads, for as long as it takes."""
-
-    def __init__(self) -> None:
-        self.central_is_away = False
-        self._changed = threading.Condition()
-        self._ready: deque[Unit] = deque()
-        # A heap: (when, tie, unit, nothing was there).
-        self._put_off_units: list[tuple[float, int, Unit, bool]] = []
-        self._count = 0
-        self._stopped = False
-        self._threads: list[threading.Thread] = []
-
-    def start(self, deliver: Callable[[Unit], bool]) -> None:
-        """Begin.  *deliver* raises CentralError where central has not taken it; it says
-        whether central was asked at all."""
-        self._stopped = False
-        self._threads = [
-            start_thread(self._run, deliver, name=f"reporter {number}")
-            for number in range(1, REPORTERS + 1)
-        ]
-
-    def put(self, unit: Unit) -> None:
-        """Have *unit* reported."""
-        with self._changed:
-            self._ready.append(unit)
-            self._changed.notify()
-
-    def stop(self, seconds: float) -> None:
-        """Begin no report any more; wait for those under way, for a while."""
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _run(self, deliver: Callable[[Unit], bool]) -> None:
-        for unit in iter(self._next, None):
-            try:
-                if deliver(unit) and self.central_is_away:
-                    self._central_is_back()
-            except CentralError as error:
-                # It may have been taken, and a second report is not free.
-                wait = unit.backoff.failed(0 if error.unreached else RETRY_WAIT_LIMIT)
-                log.warning(
-                    "%s: central has not confirmed the report: %s; again in %.0f s",
-                    unit, error, wait,
-                )  # fmt: skip
-                self._put_off(unit, wait, error.unreached)
-            except OSError as error:
-                wait = unit.backoff.failed()
-                log.warning("%s: its record can't be read or written: %s; again in "
-                            "%.0f s", unit, error, wait)  # fmt: skip
-                self._put_off(unit, wait)
-            except Exception:
-                log.exception("%s: can't be reported; again in a minute", unit)
-                self._put_off(unit, RETRY_WAIT_LIMIT)
-
-    def _next(self) -> Unit | None:
-        """The next to report, when it is due; None: no more."""
-        with self._changed:
-            while not self._stopped:
-                patience = None
-                if self._put_off_units:
-                    patience = self._put_off_units[0][0] - time.monotonic()
-                if patience is not None and patience <= 0:
-                    return heapq.heappop(self._put_off_units)[2]
-                if self._ready:
-                    return self._ready.popleft()
-                self._changed.wait(patience)
-            return None
-
-    def _put_off(self, unit: Unit, seconds: float, unreached: bool = False) -> None:
-        with self._changed:
-            self.central_is_away = self.central_is_away or unreached
-            self._count += 1
-            due = time.monotonic() + seconds
-            heapq.heappush(self._put_off_units, (due, self._count, unit, unreached))
-            self._changed.notify()
-
-    def _central_is_back(self) -> None:
-        """For one, so for all that found nobody there."""
-        with self._changed:
-            self.central_is_away = False
-            later = [item for item in self._put_off_units if not item[3]]
-            self._ready.extend(
-                item[2] for item in sorted(self._put_off_units) if item[3]
-            )
-            heapq.heapify(later)
-            self._put_off_units = later
-            self._changed.notify_all()
 
 
 RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
@@ -4245,6 +4113,48 @@ class Units:
             self.forget(unit)
 
 
+# ---------------------------------------------------------------------------
+# Work on units: takes them in, sees after those that nobody else watches, and reports
+# those that have ended.
+# ---------------------------------------------------------------------------
+
+START_DEADLINE = 5  # seconds for the fork server to answer for a unit
+REPLY_DEADLINE = 5  # seconds for a reply to be written before its unit is reported
+REPORTERS = 4  # threads: central gets this many reports at once, at most
+UNWATCHED = "the worker died while nobody watched it"
+
+
+def parse_unit(text: str) -> Json:
+    """A unit as it came in the field work_unit.  Raises BadRequest."""
+    try:
+        unit = strict_json(text)
+    except ValueError as error:
+        raise BadRequest(f"work_unit is not JSON: {error}") from None
+    if not isinstance(unit, dict):
+        raise BadRequest("work_unit is not a JSON object")
+    for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
+        if unit.get(key) is None:
+            unit[key] = default
+    for key in ("id", "job_id"):
+        value = unit.get(key)
+        plain = isinstance(value, (int, str)) and not isinstance(value, bool)
+        if not plain or not UNIT_ID.fullmatch(str(value)):
+            raise BadRequest(
+                f"the unit's {key} is no whole number and not 1 to 64 of A-Za-z0-9_-"
+            )
+    if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
+        raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
+    for key, kind, name in (
+        ("input", str, "a string"),
+        ("action", str, "a string"),
+        ("options", dict, "an object"),
+        ("attempts", int, "a number"),
+    ):
+        if not isinstance(unit.get(key), kind):
+            raise BadRequest(f"the unit's {key} is not {name}")
+    return unit
+
+
 class Watch:
     """Sees after what no fork server of ours watches: records that memory does not
     know, and workers of earlier nodes and fork servers."""
@@ -4474,6 +4384,100 @@ class Intake:
         self.overload.begin("start", reason)
 
 
+class Reporter:
+    """Has outcomes delivered to central by a few threads, for as long as it takes."""
+
+    def __init__(self) -> None:
+        self.central_is_away = False
+        self._changed = threading.Condition()
+        self._ready: deque[Unit] = deque()
+        # A heap: (when, tie, unit, nothing was there).
+        self._put_off_units: list[tuple[float, int, Unit, bool]] = []
+        self._count = 0
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self, deliver: Callable[[Unit], bool]) -> None:
+        """Begin.  *deliver* raises CentralError where central has not taken it; it says
+        whether central was asked at all."""
+        self._stopped = False
+        self._threads = [
+            start_thread(self._run, deliver, name=f"reporter {number}")
+            for number in range(1, REPORTERS + 1)
+        ]
+
+    def put(self, unit: Unit) -> None:
+        """Have *unit* reported."""
+        with self._changed:
+            self._ready.append(unit)
+            self._changed.notify()
+
+    def stop(self, seconds: float) -> None:
+        """Begin no report any more; wait for those under way, for a while."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self, deliver: Callable[[Unit], bool]) -> None:
+        for unit in iter(self._next, None):
+            try:
+                if deliver(unit) and self.central_is_away:
+                    self._central_is_back()
+            except CentralError as error:
+                # It may have been taken, and a second report is not free.
+                wait = unit.backoff.failed(0 if error.unreached else RETRY_WAIT_LIMIT)
+                log.warning(
+                    "%s: central has not confirmed the report: %s; again in %.0f s",
+                    unit, error, wait,
+                )  # fmt: skip
+                self._put_off(unit, wait, error.unreached)
+            except OSError as error:
+                wait = unit.backoff.failed()
+                log.warning("%s: its record can't be read or written: %s; again in "
+                            "%.0f s", unit, error, wait)  # fmt: skip
+                self._put_off(unit, wait)
+            except Exception:
+                log.exception("%s: can't be reported; again in a minute", unit)
+                self._put_off(unit, RETRY_WAIT_LIMIT)
+
+    def _next(self) -> Unit | None:
+        """The next to report, when it is due; None: no more."""
+        with self._changed:
+            while not self._stopped:
+                patience = None
+                if self._put_off_units:
+                    patience = self._put_off_units[0][0] - time.monotonic()
+                if patience is not None and patience <= 0:
+                    return heapq.heappop(self._put_off_units)[2]
+                if self._ready:
+                    return self._ready.popleft()
+                self._changed.wait(patience)
+            return None
+
+    def _put_off(self, unit: Unit, seconds: float, unreached: bool = False) -> None:
+        with self._changed:
+            self.central_is_away = self.central_is_away or unreached
+            self._count += 1
+            due = time.monotonic() + seconds
+            heapq.heappush(self._put_off_units, (due, self._count, unit, unreached))
+            self._changed.notify()
+
+    def _central_is_back(self) -> None:
+        """For one, so for all that found nobody there."""
+        with self._changed:
+            self.central_is_away = False
+            later = [item for item in self._put_off_units if not item[3]]
+            self._ready.extend(
+                item[2] for item in sorted(self._put_off_units) if item[3]
+            )
+            heapq.heapify(later)
+            self._put_off_units = later
+            self._changed.notify_all()
+
+
 class Delivery:
     """Tells central what came of units that have ended."""
 
@@ -4574,10 +4578,9 @@ class Delivery:
 
 
 # ---------------------------------------------------------------------------
-# Node, part four: what it shows.  Metrics and the page are drawn from the status
-# document; this part knows nothing of units, threads or HTTP.
+# What the node shows: metrics and the page, drawn from the status document.  Knows
+# nothing of threads or HTTP.
 # ---------------------------------------------------------------------------
-
 
 MINUTE = 60  # seconds
 
@@ -4878,10 +4881,9 @@ def draw_plot(title: str, values: list[float | None], limit: float | None) -> st
 
 
 # ---------------------------------------------------------------------------
-# Node, part five: the node itself.  Puts its parts together, and has the loops tell
-# central of it and look at the machine.
+# The node: puts its parts together, and has the loops tell central of it and look at
+# the machine.
 # ---------------------------------------------------------------------------
-
 
 CHECK_IN_INTERVAL = 300  # seconds
 MONITOR_INTERVAL = 3  # seconds
@@ -5066,7 +5068,7 @@ class Node:
 
 
 # ---------------------------------------------------------------------------
-# Node, part six: the routes.  Knows HTTP; what a route is about it asks the node.
+# The node's routes: HTTP.  What a route is about it asks the node.
 # ---------------------------------------------------------------------------
 
 REQUEST_DEADLINE = 20  # seconds for a whole request, however it drips
@@ -5500,13 +5502,12 @@ def listen(config: Config, listener: int | None) -> NodeServer:
 
 
 # ---------------------------------------------------------------------------
-# Node, part seven: its life.  Start, reload, upgrade, stop.
+# The node's life: start, reload, upgrade, stop.
 #
 # An upgrade: run() finds the program outdated and hands over; live() has go_on_as()
 # replace what this process runs, with the lock and the listener open; there main()
 # comes to resume_node(), and listen() goes on with that listener.
 # ---------------------------------------------------------------------------
-
 
 RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
@@ -6567,7 +6568,7 @@ def ask(config: Config, path: str) -> tuple[int, str] | None:
 
 
 # ---------------------------------------------------------------------------
-# Command line.
+# Command line: what each command does, and what may be said with it.
 # ---------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@
     python3 test_crowdnode.py                        all
     python3 test_crowdnode.py Work.test_a_unit_...   one
 
-Only the text of commands that this machine has not got is made up.  After each test
+The tests stand under the names of the program's parts, and in their order.  Only the
+text of commands that this machine has not got is made up.  After each test
 nothing may be left: no process, no record, no directory.
 """
 
@@ -2518,7 +2519,7 @@ class Surroundings(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Node: its tools
+# The node's tools
 # ---------------------------------------------------------------------------
 
 
@@ -2634,7 +2635,7 @@ class Tools(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Node: its fork servers
+# The node's fork servers
 # ---------------------------------------------------------------------------
 
 
@@ -2753,7 +2754,7 @@ class ForkServers(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Node: the units
+# The node's units
 # ---------------------------------------------------------------------------
 
 
@@ -2816,6 +2817,11 @@ class Work(SharedNode):
         status, _ = self.shared.do(odd)
         self.assertEqual(status, "failed")
         wait_for(lambda: self.shared.said(f"unit {odd['id']} (\\ud800xxx"), "its lines")
+
+
+# ---------------------------------------------------------------------------
+# Work on units
+# ---------------------------------------------------------------------------
 
 
 class Attempts(CrowdTest):
@@ -3078,7 +3084,7 @@ class Orphans(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Node: what it shows
+# What the node shows
 # ---------------------------------------------------------------------------
 
 
@@ -3188,7 +3194,7 @@ class Shown(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Node: the routes
+# The node's routes
 # ---------------------------------------------------------------------------
 
 
@@ -3407,7 +3413,7 @@ class Connections(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Node: its life
+# The node's life
 # ---------------------------------------------------------------------------
 
 
