@@ -2128,8 +2128,8 @@ class Worker:
     """Runs one work unit, in a process of its own.
 
     Made before the fork.  After it each page that is written to is copied, so it writes
-    to few.  record, output: descriptors; the former holds the
-    record's lock.  deadline, timed_out: its parent's notes."""
+    to few.  record, output: descriptors; the former holds the record's lock.  deadline,
+    timed_out: its parent's notes."""
 
     __slots__ = (
         "action", "deadline", "directory", "id", "inode", "limits", "name", "output",
@@ -2370,25 +2370,26 @@ class LineChannel:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.open = True  # the node may send more
+        self.messages: deque[list[Any]] = deque()  # that have come
         self.to_send = bytearray()
         self._received = bytearray()
         os.set_blocking(descriptor, False)
 
-    def receive(self) -> list[list[Any]]:
-        """The messages that are complete by now."""
+    def receive(self) -> None:
+        """Read what there is; what is complete goes to messages."""
         try:
             data = os.read(self.descriptor, READ_SIZE)
         except BlockingIOError:
-            return []
+            return
         except ConnectionError:
             data = b""
         self.open = bool(data)
         if b"\n" not in data:
             self._received += data
-            return []
+            return
         *lines, rest = (bytes(self._received) + data).split(b"\n")
         self._received = bytearray(rest)
-        return [json.loads(line) for line in lines]
+        self.messages += [json.loads(line) for line in lines]
 
     def send(self, *message: Any) -> None:
         """Have a message sent by the next flush()."""
@@ -2573,13 +2574,14 @@ class ForkServer:
             self._reap()
             self.leftovers.end(self.workers)
         if node in readable:  # it has sent something, or has gone
-            for message in self.node.receive():
-                self.handle(message)
+            self.node.receive()
+        while self.node.messages:
+            self.handle(self.node.messages.popleft())
         self.node.flush()
 
     def _patience(self) -> float | None:
         times = [self.deadlines.next(), self.leftovers.look_at]
-        known = [time for time in times if time is not None]
+        known = [moment for moment in times if moment is not None]
         return max(0.0, min(known) - time.monotonic()) if known else None
 
     def handle(self, message: list[Any]) -> None:
@@ -2617,7 +2619,7 @@ class ForkServer:
         except FileExistsError:
             self.node.send("exists", unit["id"])
         except OSError as error:
-            self._refuse(unit, worker.path, error)
+            self._refuse(worker, error)
         finally:
             worker.let_go()
 
@@ -2648,19 +2650,21 @@ class ForkServer:
         finally:
             os._exit(code)
 
-    def _refuse(self, unit: Json, path: str, error: OSError) -> None:
-        """Undo the start of *unit*: its record, and its worker if there is one."""
-        for pid, worker in list(self.workers.items()):
-            if worker.unit is unit:
+    def _refuse(self, worker: Worker, error: OSError) -> None:
+        """Undo the start of a unit: its record, and its process if there is one."""
+        for pid, known in list(self.workers.items()):
+            if known is worker:
                 kill_worker(pid, signal.SIGKILL)
-                del self.workers[pid]  # its end is nobody's business
+                del self.workers[pid]  # its end is not to be told
         try:
-            append_to_record(path, WITHDRAWN)  # should it stay, for its worker's pid
-            remove_file(path)
-            remove_file(f"{path}.out")
+            # Should it stay: it may hold the pid, and so look accepted.
+            append_to_record(worker.path, WITHDRAWN)
+            remove_file(worker.path)
+            remove_file(f"{worker.path}.out")
         except OSError:
             pass
-        self.node.send("refused", unit["id"], f"can't start a worker: {error.strerror}")
+        reason = f"can't start a worker: {error.strerror}"
+        self.node.send("refused", worker.unit["id"], reason)
 
     def _reap(self) -> None:
         """Say the end of every worker that has ended; end what it has left running."""
@@ -2703,14 +2707,14 @@ class ForkServer:
 def run_fork_server(descriptor: int) -> int:
     """The fork server's main; *descriptor* is its end of the socket pair."""
     node = LineChannel(descriptor)
-    messages: list[list[Any]] = []
-    while node.open and not messages:
+    while node.open and not node.messages:
         select.select([descriptor], [], [])
-        messages = node.receive()
-    if not messages:
+        node.receive()
+    if not node.messages:
         return EXIT_OK
+    _, configuration = node.messages.popleft()
     try:
-        server = ForkServer(node, Config(messages[0][1]))
+        server = ForkServer(node, Config(configuration))
     except OSError as error:
         print(f"can't start: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -3771,9 +3775,9 @@ class ForkServers:
 # records is the truth, and this is a cache of it.
 #
 # A unit is "starting" (its record is being written and its worker forked), "running",
-# and "ended".  Then its outcome is reported and it is forgotten: once central knows
-# its pid, for as long as central takes to be there.  Withdrawn, it is never reported,
-# and is forgotten when its worker has ended.
+# and "ended".  Then, as soon as central knows its pid, its outcome is reported, again
+# and again until central has it, and the unit is forgotten.  One that is withdrawn is
+# never reported, and is forgotten when its worker has ended.
 # ---------------------------------------------------------------------------
 
 RECENT = 20  # units that ended, on the page
@@ -3800,7 +3804,7 @@ class Unit:
         self.started = time.monotonic()
         self.state = "starting"
         self.pid: int | None = None
-        self.link: ForkServerLink | None = None  # None: an orphan, of an earlier one
+        self.link: ForkServerLink | None = None  # None: its fork server has gone
         self.answered = threading.Event()  # the fork server has, or has gone
         self.refusal: str | None = None
         self.replies_due = 0  # requests that wait to be told the pid
@@ -3928,20 +3932,20 @@ def sweep_all(temp_storage_path: str) -> None:
 class Units:
     """The units that this node has, by name, and what becomes of each.
 
-    ended: gets those that are to be reported.  Who holds ``changed`` may rely on it
-    that no state changes; it is notified when one has."""
+    report: has one reported.  While somebody holds ``changed``, no unit changes its
+    state; it is notified when one has."""
 
     def __init__(
         self,
         config: Config,
         overload: Overload,
         tally: Tally,
-        ended: Callable[[Unit], None],
+        report: Callable[[Unit], None],
     ) -> None:
         self.config = config
         self.overload = overload
         self.tally = tally
-        self.report = ended
+        self.report = report
         self.by_name: dict[str, Unit] = {}
         self.active: dict[Unit, None] = {}  # those that have not ended, in order
         self.changed = threading.Condition(threading.RLock())
@@ -4016,7 +4020,7 @@ class Units:
         """No worker could be forked; "exists": there is a record of that name."""
         with self.changed:
             self.forget(unit)
-            unit.refusal = reason
+            unit.refusal = unit.refusal or reason
             unit.answered.set()
 
     def _orphan(self, link: ForkServerLink) -> None:
