@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     Fields = List[Tuple[str, bytes]]
     Json = Dict[str, Any]
 else:
-    # listen() puts the real bases below the two classes that stand on these.
+    # listen() and LocalCentral put the real bases below what stands on these.
     HandlerBase = ServerBase = object
 
 __version__ = "1.0.0"
@@ -485,6 +485,13 @@ def end_children(spared: Iterable[int]) -> None:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
                 pass
+
+
+def describe_exit(status: int) -> str:
+    """How a process ended, from what subprocess calls its return code."""
+    return (
+        f"killed by {signal_name(-status)}" if status < 0 else f"exit status {status}"
+    )
 
 
 own_children: set[subprocess.Popen[bytes]] = set()  # that a thread waits for
@@ -2764,6 +2771,10 @@ class Central:
         no_proxy = urllib.request.ProxyHandler({})
         self._opener = urllib.request.build_opener(no_proxy, status_reader())
 
+    def forget(self) -> None:
+        """What is known of it; it is another one now."""
+        self.found = self.checked_in = self.answered = self.error = None
+
     @property
     def dialect(self) -> str | None:
         """What is spoken, as far as it is known."""
@@ -3061,7 +3072,7 @@ def host_problems(config: Config) -> list[tuple[str, str]]:
     try:
         found = socket.getaddrinfo(config.host.strip("[]"), None)
         central = {info[4][0] for info in socket.getaddrinfo(local, None)}
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         sentence = (
             f"host = {config.host}, or central's, does not resolve here ({error}); "
             "where central can't resolve it either, no node gets work: set host, or "
@@ -3466,7 +3477,7 @@ class Program:
             status, _, errors = run_child(command, LOAD_DEADLINE)
             if status not in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT):
                 problem = errors.decode("utf-8", "replace").strip()
-                problem = problem or f"exit status {status}"
+                problem = problem or describe_exit(status)
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
         if problem:
@@ -3588,8 +3599,7 @@ class ForkServerLink:
         status = self._process.wait()
         self._socket.close()
         self.log_output()
-        killed = f"killed by {signal_name(-status)}"
-        self.gone = killed if status < 0 else f"exit status {status}"
+        self.gone = describe_exit(status)
         try:
             self.receive(self, ["gone", self.gone])
         finally:
@@ -3608,8 +3618,7 @@ class ForkServers:
     """The fork server that takes units, its successors, and those that only finish.
 
     receive: gets each message of each, with its link, on that link's thread; outdated:
-    is called where the program's file has been replaced, for then no other fork server
-    can be started."""
+    is called where one has to be started and the program's file has been replaced."""
 
     def __init__(
         self,
@@ -3668,6 +3677,7 @@ class ForkServers:
             old, self.link = self.link, link
         if old:
             old.finish()
+        self.overload.end("fork server")  # whoever replaces the old one may sleep
         self._look_to(link)
 
     def stop(self) -> None:
@@ -3697,8 +3707,9 @@ class ForkServers:
         """Reap children that nobody waits for: those from before an upgrade, and all
         orphans where the node is a container's first process.  Seen twice, so that
         it is none that somebody has just started."""
-        known = {link.pid for link in self._all}
-        strays = set(children()) - known - {child.pid for child in own_children}
+        known = [link.pid for link in list(self._all)]
+        known += [child.pid for child in list(own_children)]
+        strays = set(children()).difference(known)
         for pid in strays & self._strays:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -4069,18 +4080,23 @@ class Units:
         """End *unit* without a report: central has let go of it."""
         with self.changed:
             log.info("%s, worker %s: withdrawn", unit, unit.pid)
+            if unit.pid is None:
+                self.give_up(unit, "central has let go of it")
+                return
             self.mark_withdrawn(unit)
             if unit.state == "ended":
                 self.remove(unit)
-            elif unit.pid is not None:
-                self.signal(unit, signal.SIGKILL)
             else:
-                self.give_up(unit, "central has let go of it")
+                self.signal(unit, signal.SIGKILL)
 
     def give_up(self, unit: Unit, reason: str) -> None:
         """Refuse a unit that is starting; its worker, should there be one after all, is
         ended as soon as it is known."""
-        self.mark_withdrawn(unit)
+        unit.withdrawn = True
+        with contextlib.suppress(OSError, OddRecord):
+            head = parse_record(read_file(unit.record)).head
+            if head and head["digest"] == unit.digest:  # it is not another's
+                self.mark_withdrawn(unit)
         unit.refusal = unit.refusal or reason
         unit.answered.set()
 
@@ -4118,7 +4134,7 @@ class Units:
 
 
 # ---------------------------------------------------------------------------
-# Work on units: takes them in, sees after those that nobody else watches, and reports
+# Work on units: takes them in, looks after those that nobody else watches, and reports
 # those that have ended.
 # ---------------------------------------------------------------------------
 
@@ -4160,7 +4176,7 @@ def parse_unit(text: str) -> Json:
 
 
 class Watch:
-    """Sees after what no fork server of ours watches: records that memory does not
+    """Looks after what no fork server of ours watches: records that memory does not
     know, and workers of earlier nodes and fork servers."""
 
     def __init__(self, config: Config, units: Units) -> None:
@@ -4326,7 +4342,8 @@ class Intake:
             unit, is_new = self._enter(name, head, deadline)
             if is_new:
                 self._send(unit, json.dumps(first_line(head)), line)
-            if not unit.answered.wait(max(0.0, deadline - time.monotonic())):
+            patience = deadline - time.monotonic()
+            if not unit.answered.wait(max(patience, START_DEADLINE / 5)):
                 self._give_up(unit)
             if unit.refusal is None:
                 if is_new:
@@ -4395,8 +4412,8 @@ class Reporter:
         self.central_is_away = False
         self._changed = threading.Condition()
         self._ready: deque[Unit] = deque()
-        # A heap: (when, tie, unit, nothing was there).
-        self._put_off_units: list[tuple[float, int, Unit, bool]] = []
+        # A heap: (when, tie, unit, central could not be reached).
+        self._later: list[tuple[float, int, Unit, bool]] = []
         self._count = 0
         self._stopped = False
         self._threads: list[threading.Thread] = []
@@ -4452,10 +4469,10 @@ class Reporter:
         with self._changed:
             while not self._stopped:
                 patience = None
-                if self._put_off_units:
-                    patience = self._put_off_units[0][0] - time.monotonic()
+                if self._later:
+                    patience = self._later[0][0] - time.monotonic()
                 if patience is not None and patience <= 0:
-                    return heapq.heappop(self._put_off_units)[2]
+                    return heapq.heappop(self._later)[2]
                 if self._ready:
                     return self._ready.popleft()
                 self._changed.wait(patience)
@@ -4466,19 +4483,17 @@ class Reporter:
             self.central_is_away = self.central_is_away or unreached
             self._count += 1
             due = time.monotonic() + seconds
-            heapq.heappush(self._put_off_units, (due, self._count, unit, unreached))
+            heapq.heappush(self._later, (due, self._count, unit, unreached))
             self._changed.notify()
 
     def _central_is_back(self) -> None:
         """For one, so for all that found nobody there."""
         with self._changed:
             self.central_is_away = False
-            later = [item for item in self._put_off_units if not item[3]]
-            self._ready.extend(
-                item[2] for item in sorted(self._put_off_units) if item[3]
-            )
+            later = [item for item in self._later if not item[3]]
+            self._ready.extend(item[2] for item in sorted(self._later) if item[3])
             heapq.heapify(later)
-            self._put_off_units = later
+            self._later = later
             self._changed.notify_all()
 
 
@@ -4501,10 +4516,10 @@ class Delivery:
         if unit.withdrawn:
             return False
         written = self._written_outcome(unit)
-        # With it in our hands no other unit gets this one's name, and its record.
         with self.units.changed:
             # Replies under way still name the pid, and may fail.
             self.units.changed.wait_for(lambda: not unit.replies_due, REPLY_DEADLINE)
+            # As long as the lock is held no other unit gets this one's name and record.
             if unit.withdrawn:
                 return False
             outcome = written or self._death(unit)
@@ -4994,7 +5009,7 @@ class Node:
         """One message of a fork server, on its link's thread."""
         self.units.receive(link, message)
         if message[0] == "gone":
-            self.monitor_loop.soon()  # it sees after the orphans
+            self.monitor_loop.soon()  # it looks after the orphans
 
     def refused(self, reason: str) -> None:
         """A unit was refused, so central takes this node for busy until it checks in:
@@ -5517,6 +5532,24 @@ RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 
 
+def is_in_order(load: Callable[[], Config]) -> bool:
+    """Would another version find its directories as they must be?"""
+    try:
+        prepare_directories(load())
+    except CrowdError:
+        return False
+    return True
+
+
+def try_storage(config: Config) -> None:
+    """Log what is wrong with it.  Not before a reload: one that is silent takes minutes
+    to try."""
+    try:
+        check_storage(config)
+    except CrowdError as error:
+        log.error("%s", error)
+
+
 class Lifetime:
     """A node's life in this process.
 
@@ -5552,11 +5585,14 @@ class Lifetime:
         Raises CrowdError where it can't start."""
         self.server = listen(self.config, self.listener)
         port = int(self.server.server_address[1])
-        node = Node(self.config, port, self.program, self.unclean, self._outdated)
+        node = Node(
+            self.config, port, self.program, self.unclean,
+            lambda: self.signals.feign(signal.SIGHUP),
+        )  # fmt: skip
         self.node = self.server.node = node
-        self.signals.trap(self._stop_starting)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, NODE_SIGNALS)
         try:
+            self.signals.trap(self._stop_starting)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, NODE_SIGNALS)
             self.start()
         except KeyboardInterrupt as error:
             self.give_up_starting()
@@ -5574,8 +5610,8 @@ class Lifetime:
             # One host name that central can't resolve stops the whole crowd.
             start_thread(lambda: log_problems(host_problems(self.config)))
         while self.signals.next() == signal.SIGHUP:
-            if not self.program.is_outdated(self.config):
-                self.reload()
+            if not self.program.is_outdated(self.config) or not is_in_order(self.load):
+                self.reload()  # which says what is not
             elif self.hand_over():
                 return True
             else:
@@ -5602,9 +5638,13 @@ class Lifetime:
         self.clean = False
         if self.is_upgrade:
             start_thread(self.server.serve_forever)
-            node.registration.loop.soon()
-        else:
+        try:
             node.registration.check_in()
+        except CrowdError as error:
+            if not self.is_upgrade:
+                raise
+            log.warning("%s", error)
+            node.registration.loop.soon()
         node.registration.loop.start()
         node.monitor_loop.start()
         self.signals.trap(only_wake)
@@ -5629,16 +5669,18 @@ class Lifetime:
         raise KeyboardInterrupt(signal_name(number))
 
     def give_up_starting(self) -> None:
-        """A signal came: if there are units already, this is a stop like any other."""
+        """A signal came: where this process has taken units, it is a stop like any
+        other.  Those that an earlier one has left go on, for the next."""
         self.signals.trap(only_wake)
         self.signals.next(0)
-        if self.node.units.by_name:
+        node = self.node
+        if self.is_upgrade:
+            with contextlib.suppress(OSError):
+                node.watch.look()  # they were this process's before
+        if self.is_upgrade or any(unit.link for unit in node.units.active):
             self.shut_down()
         else:
-            self.node.servers.stop()
-
-    def _outdated(self) -> None:
-        self.signals.feign(signal.SIGHUP)
+            node.servers.stop()
 
     def reload(self) -> None:
         """Open the log again; read the configuration, and start a fork server with the
@@ -5651,17 +5693,21 @@ class Lifetime:
             config = self.load()
             config.warnings += config.keep_place(vars(self.config))
             prepare_directories(config)
-            check_storage(config)
+            warnings = state_warnings(config)
             link = node.servers.start(config)
         except (CrowdError, OSError) as error:
             log.error("not reloaded, all stays as it was: %s", error)
             return
+        log_problems([("warning", warning) for warning in warnings])
+        if config.central_server != self.config.central_server:
+            node.central.forget()
         self.config.replace(config)
-        log_problems([("warning", warning) for warning in state_warnings(config)])
         node.servers.use(link)
         log.setLevel(config.log_level.upper())
         log.info("reloaded; actions: %s", ", ".join(node.servers.actions))
         node.registration.loop.soon()
+        with contextlib.suppress(OSError):
+            start_thread(try_storage, self.config)
 
     def hand_over(self) -> bool:
         """Finish what is under way, for the next version to go on in this process:
@@ -5671,7 +5717,7 @@ class Lifetime:
         node = self.node
         log.info("%s has been replaced: going on as what it is now", PROGRAM)
         node.servers.stopping = True  # another would be of the next version
-        self.program = Program(compiled(self.config))
+        self.program.path = compiled(self.config)
         node.monitor_loop.stop()
         node.registration.loop.stop()
         self.server.finish(HAND_OVER_DEADLINE)
@@ -5694,7 +5740,7 @@ class Lifetime:
         node.registration.loop.stop()
         deadline = time.monotonic() + self.config.drain_time
         while node.units.by_name and time.monotonic() < deadline:
-            if self.signals.next(0.05):
+            if self.signals.next(0.05) not in (None, signal.SIGHUP):
                 break  # a second signal
         self.clean = node.registration.check_out()
         node.watch.end_all(released=self.clean)
@@ -5729,8 +5775,8 @@ class Task:
 class LocalCentral:
     """Central for one job and one node.
 
-    job: action, options, stages, retries.  failed is called with each task that
-    failed for good."""
+    config: the node's, for both have the same credentials; action, stages, options: the
+    job's."""
 
     def __init__(
         self, config: Config, action: str, stages: list[str], options: Json
@@ -5888,6 +5934,8 @@ class LocalCentral:
                     self._release()  # until it checks in again
 
     def _post(self, node: str | None, task: Task) -> tuple[int, str]:
+        from http.client import HTTPException
+
         unit = {
             "id": task.id,
             "job_id": self.job_id,
@@ -5906,7 +5954,7 @@ class LocalCentral:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode("utf-8", "replace")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             return 0, str(error)
 
 
@@ -5941,15 +5989,15 @@ class CentralHandler(HandlerBase):
 class Progress:
     """What a person is told of a job on standard error.
 
-    quiet: of nothing but failures; log: the path of the node's."""
+    quiet: of nothing but failures; log_path: of the node's log."""
 
     def __init__(
-        self, central: LocalCentral, inputs: list[str], quiet: bool, log: str
+        self, central: LocalCentral, inputs: list[str], quiet: bool, log_path: str
     ) -> None:
         self.central = central
         self.inputs = inputs
         self.quiet = quiet
-        self.log = log
+        self.log_path = log_path
         self._began = time.monotonic()
         self._told = 0  # failures
 
@@ -5985,7 +6033,7 @@ class Progress:
     def log_tail(self) -> str:
         """The end of the node's log."""
         with contextlib.suppress(OSError):
-            return read_file(self.log, OUTPUT_TAIL).decode("utf-8", "replace")
+            return read_file(self.log_path, OUTPUT_TAIL).decode("utf-8", "replace")
         return ""
 
     def _show_failures(self) -> None:
@@ -6031,8 +6079,9 @@ class LocalRun:
         self.config = self._node_config(config)
         stages = stages_of(actions[action])
         self.central = LocalCentral(self.config, action, stages, options)
-        quiet, log = arguments.quiet, self._path("log")
-        self.progress = Progress(self.central, inputs, quiet, log)
+        self.progress = Progress(
+            self.central, inputs, arguments.quiet, self._path("log")
+        )
         self.node: subprocess.Popen[bytes] | None = None
         self.interrupted = False  # or done: no signal counts any more
 
@@ -6132,8 +6181,8 @@ class LocalRun:
             if self.node is None or self.node.poll() is not None:
                 status = self.node.returncode if self.node else 0
                 if starts == 5 or (status > 0 and not self.central.known):
-                    log = self.progress.log_tail()
-                    raise CrowdError(f"the node does not run:\n{log}")
+                    said = self.progress.log_tail()
+                    raise CrowdError(f"the node does not run:\n{said}")
                 self._start_node()
                 starts += 1
         self.progress.finish()
@@ -6380,7 +6429,8 @@ def run_node(lock: NodeLock, load: Callable[[], Config], launch: Launch) -> None
     except (OSError, ImportError) as error:  # the latter without descriptors
         raise CrowdError(f"can't start: {error}") from None
     finally:
-        lock.release(life.clean if life else not lock.unclean)
+        is_new = launch.listener is None  # else central has units of ours
+        lock.release(life.clean if life else is_new and not lock.unclean)
 
 
 def live(life: Lifetime, lock: NodeLock, launch: Launch) -> None:
