@@ -2426,6 +2426,8 @@ class Surroundings(CrowdTest):
         self.assertIn("is this machine alone (127.0.0.1), but central is", sentence)
         config.host = "192.0.2.2"
         self.assertEqual(crowdnode.host_problems(config), [])
+        config.host = "a..b"
+        self.assertIn("does not resolve here", crowdnode.host_problems(config)[0][1])
 
     def test_a_clock_that_stands_before_the_program_is_warned_of(self) -> None:
         path = os.path.join(self.directory(), "program")
@@ -2652,6 +2654,29 @@ class ForkServers(CrowdTest):
         os.rename(node.path("hidden"), path)
         wait_for(lambda: not node.status()["overloaded"], "another fork server")
         self.assertEqual(node.do(unit(1, "echo")), ("succeeded", "x"))
+
+    def test_a_reload_ends_the_wait_for_another_fork_server(self) -> None:
+        node = self.node()
+        path = node.path("actions", "echo.py")
+        os.rename(path, node.path("hidden"))
+        os.kill(node.fork_server, signal.SIGKILL)
+        wait_for(lambda: node.said("no fork server: echo did not load"), "a try")
+        os.rename(node.path("hidden"), path)
+        node.run("--reload")
+        wait_for(lambda: node.said("reloaded"), "a reload")
+        self.assertEqual(node.do(unit(1, "echo")), ("succeeded", "x"))
+
+    def test_a_record_of_another_version_is_left_alone_whatever_comes(self) -> None:
+        node = self.node(constants={"START_DEADLINE": 0.3})
+        path, record = node.path("state", "units", "5"), b"crowdnode-unit 2 new\n"
+        os.kill(node.fork_server, signal.SIGSTOP)
+        with open(path, "wb") as file:
+            file.write(record)
+        self.assertEqual(node.post(unit(5))[0], 503)
+        self.assertEqual(crowdnode.read_file(path), record)
+        os.kill(node.fork_server, signal.SIGCONT)
+        wait_for(lambda: not node.status()["overloaded"], "it answers again")
+        os.unlink(path)
 
     def test_a_stopped_fork_server_is_refused_for_and_replaced(self) -> None:
         constants = {"START_DEADLINE": 0.3, "PROBE_DEADLINE": 0.5, "SEND_DEADLINE": 1}
@@ -3474,6 +3499,26 @@ class Starts(CrowdTest):
         self.assertEqual(central.reports(7), [], "central has given it to another")
         self.assertEqual(node.units(), [])
 
+    def test_a_stop_of_a_start_leaves_what_an_earlier_node_has_left(self) -> None:
+        central = self.central()
+        node = self.node(central)
+        pid = node.take(unit(1, "sleeper", "60"))
+        node.kill()
+        over = threading.Event()
+        self.addCleanup(over.set)
+        central.answer = lambda method, path, _: 204 if over.wait(DEADLINE) else None
+        before = len(central.calls)
+        node.start(wait=False)
+        wait_for(lambda: len(central.calls) > before, "it waits for an answer")
+        os.kill(node.pid, signal.SIGTERM)
+        self.assertEqual(node.wait(), 1)
+        self.assertTrue(alive(pid))
+        over.set()
+        central.recover()
+        node.start()
+        self.assertEqual(node.take(unit(1, "sleeper", "60")), pid, "it goes on")
+        self.assertEqual(central.reports(1), [])
+
     def test_a_start_after_an_unclean_end_checks_out_before_it_checks_in(self) -> None:
         central = self.central()
         node = self.node(central)
@@ -3519,6 +3564,19 @@ class Stops(CrowdTest):
         self.assertEqual(central.calls[-1][0], "DELETE")
         self.assertEqual(central.reports(2), [], "central has given it to another")
         self.assertEqual(node.units(), [])
+
+    def test_a_stop_is_not_hurried_by_whoever_rotates_the_log(self) -> None:
+        node = self.node(drain_time=30)
+        go = node.path("go")
+        node.take(unit(1, "waiter", go))
+        os.kill(node.pid, signal.SIGTERM)
+        wait_for(lambda: node.said("1 units are running"), "it waits")
+        os.kill(node.pid, signal.SIGHUP)
+        os.kill(node.pid, signal.SIGHUP)
+        self.assertEqual(node.post(unit(2))[0], 503)
+        open(go, "w").close()
+        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.wait(), 0)
 
     def test_a_check_out_that_fails_is_owed_until_it_succeeds(self) -> None:
         central = self.central()
@@ -3750,6 +3808,46 @@ class Upgrade(CrowdTest):
         wait_for(lambda: not alive(pid), "an end")
         self.assertEqual(node.central.calls[-1][0], "DELETE")
         self.assertEqual(node.said("crowdnode 1.0.1, 127.0.0.1 port"), 0)
+
+    def test_a_stop_while_the_new_version_starts_is_a_stop_like_any_other(self) -> None:
+        node = self.installed()
+        pid = node.status()["pid"]
+        worker = node.take(unit(1, "sleeper", "60"))
+        self.install(node, "1.0.1", "time.sleep(0.5)")
+        os.kill(pid, signal.SIGHUP)
+        if HAS_PROC:
+            resumed = crowdnode.read_file(f"/proc/{pid}/cmdline")
+            wait_for(
+                lambda: crowdnode.read_file(f"/proc/{pid}/cmdline") != resumed,
+                "the new version",
+            )
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not alive(pid), "a stop")
+        self.assertFalse(alive(worker))
+        self.assertEqual(node.central.calls[-1][0], "DELETE")
+        self.assertEqual(node.units(), [])
+
+    def test_an_upgrade_that_can_not_be_compiled_goes_on_from_its_source(self) -> None:
+        node = self.installed()
+        os.unlink(node.path("state", "crowdnode.pyc"))
+        os.mkdir(node.path("state", "crowdnode.pyc"))
+        self.install(node, "1.0.1")
+        node.run("--reload")
+        self.upgraded(node, "1.0.1")
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+
+    def test_a_directory_that_would_stop_the_new_version_keeps_the_old(self) -> None:
+        node = self.installed()
+        os.chmod(node.path("state"), 0o770)
+        self.install(node, "1.0.1")
+        node.run("--reload")
+        wait_for(
+            lambda: node.said("not reloaded, all stays as it was: state_path"), "it"
+        )
+        self.assertEqual(node.status()["version"], "1.0.0")
+        os.chmod(node.path("state"), 0o700)
+        node.run("--reload")
+        self.upgraded(node, "1.0.1")
 
     def test_what_the_command_line_says_holds_after_an_upgrade(self) -> None:
         node = self.installed(daemon=False)
