@@ -14,7 +14,8 @@ central, is handed units over HTTP, forks a worker for each, and reports each ou
 
 Processes:
 
-    node             threads: routes, Timer loops, reporters    never forks
+    node             threads: routes, Timer loops, reporters, one that reads what the
+                     fork server says    never forks
      - fork server   one thread, no network: forks, reaps, keeps time
         - worker     one per unit, leader of its own session: runs the action,
                      leaves its outcome on disk, exits
@@ -780,8 +781,12 @@ class Config:
             arguments += ["--set", f"{key}={value}"]
         return arguments
 
+    def place(self) -> Json:
+        """Where the node is: what only a restart can change."""
+        return {key: getattr(self, key) for key in PLACE_KEYS}
+
     def keep_place(self, place: Json) -> list[str]:
-        """Say what *place* does of where the node is; returns warnings."""
+        """Stay at *place*; returns warnings."""
         changed = [key for key in PLACE_KEYS if getattr(self, key) != place[key]]
         for key in changed:
             setattr(self, key, place[key])
@@ -5691,7 +5696,7 @@ class Lifetime:
             handler.close()  # it opens its file again with the next line
         try:
             config = self.load()
-            config.warnings += config.keep_place(vars(self.config))
+            config.warnings += config.keep_place(self.config.place())
             prepare_directories(config)
             warnings = state_warnings(config)
             link = node.servers.start(config)
@@ -5781,7 +5786,7 @@ class LocalCentral:
     def __init__(
         self, config: Config, action: str, stages: list[str], options: Json
     ) -> None:
-        self.config = config  # of the node: it has the same credentials
+        self.config = config
         self.action = action
         self.stages = stages
         self.options = options
@@ -6438,7 +6443,7 @@ def live(life: Lifetime, lock: NodeLock, launch: Launch) -> None:
     try:
         if life.run(lambda: launch.tell(EXIT_OK)):
             launch.listener = life.server.fileno()
-            go_on_as(life.program.path, lock, launch, vars(life.config))
+            go_on_as(life.program.path, lock, launch)
     except CrowdError as error:
         log.error("%s", error)
         raise
@@ -6453,11 +6458,9 @@ def live(life: Lifetime, lock: NodeLock, launch: Launch) -> None:
 ARENAS, ARENAS_BEFORE = "MALLOC_ARENA_MAX", "CROWDNODE_ARENA_MAX"
 
 
-def go_on_as(
-    program: str, lock: NodeLock, launch: Launch, place: Json | None = None
-) -> None:
-    """Go on as *program* in this process, with the same descriptors; *place*: where
-    the node is to stay.  Raises OSError.
+def go_on_as(program: str, lock: NodeLock, launch: Launch) -> None:
+    """Go on as *program* in this process, with the same descriptors and at the same
+    place, whatever the configuration says by now.  Raises OSError.
 
     Compiled, for the compiler's memory is not given back.  With one arena, for glibc
     would have one for each thread, and they would keep what large units leave in them
@@ -6466,11 +6469,11 @@ def go_on_as(
     for descriptor in kept:
         if descriptor is not None:
             os.set_inheritable(descriptor, True)
-    place = {key: place[key] for key in PLACE_KEYS} if place else {}
     arguments = lock.config.arguments()
     arguments += ["--daemon"] if launch.daemon else []
     arguments += [ATTENDED_FLAG] if launch.attended else []
-    arguments += [RESUME_FLAG, json.dumps([*kept, lock.unclean, place])]
+    resume = [*kept, lock.unclean, lock.config.place()]
+    arguments += [RESUME_FLAG, json.dumps(resume)]
     environment = {ARENAS: "1", **os.environ, ARENAS_BEFORE: os.environ.get(ARENAS, "")}
     signal.pthread_sigmask(signal.SIG_BLOCK, NODE_SIGNALS)
     os.execve(sys.executable, [sys.executable, program, *arguments], environment)
@@ -6486,8 +6489,7 @@ def resume_node(
             os.set_inheritable(descriptor, False)
     if not os.environ.pop(ARENAS_BEFORE, ""):
         os.environ.pop(ARENAS, None)  # it is not for actions
-    if place:
-        config.warnings += config.keep_place(place)
+    config.warnings += config.keep_place(place)
     lock = NodeLock(config)
     lock.resume(locked, unclean)
     launch = Launch(arguments.daemon, arguments.attended, waiting, listener)
