@@ -1188,8 +1188,9 @@ class Bucket(CrowdTest):
         self.assertIn("aws_secret_key: S3 answered 403 SignatureDoesNotMatch", output)
         self.assertNotIn("wJalr", output + node.log())
         node.write_config(s3_authentication="yes")
+        self.answers = [(403, "InvalidAccessKeyId")]
         os.kill(node.pid, signal.SIGHUP)
-        wait_for(lambda: node.said("reloaded"), "a reload")
+        wait_for(lambda: node.said("error: storage = s3: can't be used"), "a reload")
         status, saved = node.do(unit(4, "mixed", options={"do": "saved"}))
         self.assertNotIn("x-amz-acl", calls[-1][2])
         for field in ("Expires=86400", "SignedHeaders=host", r"Signature=\w{64}$"):
@@ -1731,6 +1732,7 @@ class Loading(CrowdTest):
     def test_actions_can_be_disabled_replaced_and_share_a_helper(self) -> None:
         shared = "from crowdnode import Action\nfrom _helper import answer\n"
         replaced = "class W(Action):\n    def process(self): return answer\n"
+        absent: dict[str, Any] = {"action absent": "nice = 1"}
         node = self.node(
             actions={
                 **ACTIONS,
@@ -1738,11 +1740,13 @@ class Loading(CrowdTest):
                 "word_count.py": shared + replaced,
             },
             disabled_actions="broken, nosuch, graphics_magick, process_pdfs",
+            **absent,
         )
         actions = ["echo", "pieces", "sleeper", "waiter", "word_count"]
         self.assertEqual(node.status()["actions"], actions)
         self.assertEqual(node.do(unit(action="word_count")), ("succeeded", 42))
         self.assertEqual(node.said("disabled_actions: there is no action nosuch"), 1)
+        self.assertEqual(node.said("[action absent]: there is no action absent"), 1)
         self.assertIn("no action named broken", node.do(unit(2, "broken"))[1])
         node = self.node(disable_default_actions="yes")
         self.assertNotIn("word_count", node.status()["actions"])
@@ -3622,6 +3626,15 @@ class Reloads(CrowdTest):
         self.assertEqual(central.outcome(1), ("succeeded", "slept"))
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
         wait_for(lambda: len(our_processes()) == 2, "the old fork server has gone")
+
+    def test_a_reload_may_name_another_central(self) -> None:
+        node, other = self.daemon(), self.central()
+        node.write_config(central_server=other.url)
+        node.run("--reload")
+        wait_for(other.check_ins, "a check-in there")
+        self.assertEqual(node.status()["central"]["url"], other.url)
+        node.take(unit(1))
+        self.assertEqual(other.outcome(1), ("succeeded", "x"))
 
     def test_a_dialect_that_was_found_is_kept(self) -> None:
         central = self.central(seed=True)
