@@ -3898,12 +3898,12 @@ class Tally:
 
 
 RUBBISH = ".rubbish"  # how the name of a directory ends that is being removed
-unswept: list[str] = []  # directories for which there was no thread
+unswept: set[str] = set()  # such directories that the monitor is to try (again)
 
 
 def put_away(directory: str) -> None:
     """Remove a work directory.  What a killed worker has left in it may take long to
-    remove, so that is renamed, and removed by a thread of its own."""
+    remove, so that is renamed, and removed by a thread of its own.  Raises OSError."""
     try:
         os.rmdir(directory)
     except FileNotFoundError:
@@ -3914,21 +3914,21 @@ def put_away(directory: str) -> None:
             os.rename(directory, rubbish)
         except FileNotFoundError:
             return
-        except OSError as error:
-            log.warning("can't remove %s: %s", directory, error)
-            return
         try:
             start_thread(sweep, rubbish)
         except OSError:
-            unswept.append(rubbish)  # the monitor does it
+            unswept.add(rubbish)
 
 
 def sweep(rubbish: str) -> None:
     """Remove a directory that nobody needs."""
     try:
         remove_tree(rubbish)
+        unswept.discard(rubbish)
     except OSError as error:
-        log.warning("can't remove %s: %s", rubbish, error)
+        if rubbish not in unswept:
+            log.warning("can't remove %s: %s; trying again", rubbish, error)
+            unswept.add(rubbish)
 
 
 def sweep_all(temp_storage_path: str) -> None:
@@ -4126,13 +4126,13 @@ class Units:
         """Forget *unit*: its work directory, what it printed, its record."""
         if self.by_name.get(unit.name) is not unit:
             return  # superseded, and the files of that name are another's
-        if ACTION_NAME.fullmatch(unit.action):
-            put_away(unit.directory)
         try:
+            if ACTION_NAME.fullmatch(unit.action):
+                put_away(unit.directory)
             remove_file(unit.printed)
             remove_file(unit.record)
         except OSError as error:
-            log.warning("%s: can't remove its record: %s; trying again", unit, error)
+            log.warning("%s: can't remove its files: %s; trying again", unit, error)
             self.mark_withdrawn(unit)  # for the next node
         else:
             self.forget(unit)
@@ -5026,8 +5026,8 @@ class Node:
         """One step of the loop: load, memory, workers, records, fork server."""
         self.overload.end("unit")
         self.servers.bury_strays()
-        while unswept:
-            sweep(unswept.pop())
+        for rubbish in list(unswept):
+            sweep(rubbish)
         self.units.look_for_room()
         self.vitals.look()
         self.history.note(

@@ -2170,7 +2170,9 @@ FAULTS = ("ENOSPC", "EMFILE", "EAGAIN", "EACCES", "EIO", "EINTR")
 class SystemCalls(CrowdTest):
     """Every call of the system that can fail, once at each of its places."""
 
-    SUICIDE = ECHO.replace("return self.input", "os.kill(os.getpid(), 9)")
+    SUICIDE = ECHO.replace(
+        "return self.input", "open('left', 'w').close(); os.kill(os.getpid(), 9)"
+    )
 
     def setUp(self) -> None:
         directory = self.directory()
@@ -2228,12 +2230,21 @@ class SystemCalls(CrowdTest):
         wait_for(lambda: self.subject.fork_server != old, "another")
         open(go, "w").close()
 
+    def work_directories(self) -> list[str]:
+        work = self.subject.path("state", "work")
+        return [
+            name
+            for action in os.listdir(work)
+            for name in os.listdir(os.path.join(work, action))
+        ]
+
     def play(self, scenario: Callable[[int], None]) -> None:
         """Have a unit done, and see that it is answered for."""
         self.last_id += 1
         scenario(self.last_id)
         self.subject.central.outcome(self.last_id, 10)
         wait_for(lambda: not self.subject.units(), "no record is left", 10)
+        wait_for(lambda: not self.work_directories(), "no work directory is left", 10)
         self.assertEqual(len(self.subject.central.reports(self.last_id)), 1)
 
     def places(self, scenario: Callable[[int], None]) -> list[str]:
@@ -2277,8 +2288,11 @@ class SystemCalls(CrowdTest):
     def test_a_program_is_answered_for(self) -> None:
         self.fail_each(self.executable, *FAULTS)
 
-    def test_a_worker_that_dies_is_answered_for(self) -> None:
-        self.fail_each(self.killed, *FAULTS)
+    def test_where_there_is_no_room_a_worker_that_dies_is_answered_for(self) -> None:
+        self.fail_each(self.killed, "ENOSPC", "EMFILE", "EAGAIN")
+
+    def test_where_it_is_denied_a_worker_that_dies_is_answered_for(self) -> None:
+        self.fail_each(self.killed, "EACCES", "EIO", "EINTR")
 
     def test_a_unit_in_the_place_of_another_is_answered_for(self) -> None:
         self.fail_each(self.superseded, *FAULTS)
