@@ -4085,12 +4085,12 @@ class RunEnds(CrowdTest):
 
     def test_a_node_that_dies_in_the_middle_is_started_again(self) -> None:
         options = self.with_actions(sleeper=SLEEPER)
-        job = [*options, "--strings", "--run", "sleeper", *["0.3"] * 8]
+        job = [*options, "--strings", "--run", "sleeper", *["0.3"] * 4]
         with self.started_job(*job) as (process, _):
             nodes = [line for line in our_processes() if "--attended" in line]
             os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
             output, errors = process.communicate(timeout=DEADLINE)
-        self.assertEqual(json.loads(output), ["slept"] * 8, errors.decode())
+        self.assertEqual(json.loads(output), ["slept"] * 4, errors.decode())
 
     def test_nobody_else_can_hand_in_results(self) -> None:
         options = self.with_actions(sleeper=SLEEPER)
