@@ -2741,6 +2741,7 @@ def run_fork_server(descriptor: int) -> int:
 
 CONNECT_DEADLINE = 10  # seconds
 CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
+STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n")
 FORM_SAFE = b"%% %s%s0123456789-._~" % (
     bytes(range(ord("A"), ord("Z") + 1)), bytes(range(ord("a"), ord("z") + 1))
 )  # fmt: skip
@@ -2937,12 +2938,12 @@ def read_status(reply: Any) -> None:
     """Read the first line of an http.client.HTTPResponse, and pass over answers in the
     interim (1xx).  Raises URLError."""
     line = reply.fp.readline(LINE_LIMIT)
-    match = re.fullmatch(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n", line)
+    match = STATUS_LINE.fullmatch(line)
     while match and match[1].startswith(b"1"):
         while line.strip():
             line = reply.fp.readline(LINE_LIMIT)
         line = reply.fp.readline(LINE_LIMIT)
-        match = re.fullmatch(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n", line)
+        match = STATUS_LINE.fullmatch(line)
     if not match:
         said = (
             f"does not speak HTTP: {line[:50]!r}" if line else "closed the connection"
