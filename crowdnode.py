@@ -2474,12 +2474,11 @@ class Leftovers:
         if self.prctl:
             self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def after(self, pid: int, wait_status: int) -> None:
+    def after(self, pid: int) -> None:
         """The child *pid* has ended: end its group, and look for daemons soon."""
-        if wait_status or not self.prctl:  # else it becomes our child
-            kill_group(pid, signal.SIGKILL)
         if self.look_at is None:
             self.look_at = time.monotonic() + LOOK_INTERVAL
+        kill_group(pid, signal.SIGKILL)
 
     def is_due(self) -> bool:
         """Is it time for end()?"""
@@ -2693,7 +2692,7 @@ class ForkServer:
                 self.node.to_send += b'["ended","%s",%d,%s]\n' % (
                     worker.id, status, timed_out
                 )  # fmt: skip
-            self.leftovers.after(pid, status)
+            self.leftovers.after(pid)
             self.deadlines.forget_ended()
             if worker and not self.workers:
                 return  # to ask whether there are more would raise, mostly
