@@ -1387,8 +1387,8 @@ MIXED_NODE: dict[str, Any] = {
 }
 
 
-class Actions(SharedNode):
-    """What actions know, return and save."""
+class MixedNode(SharedNode):
+    """A node that has the action ``mixed``."""
 
     options = MIXED_NODE
 
@@ -1396,6 +1396,10 @@ class Actions(SharedNode):
         """What the action ``mixed`` makes of a unit."""
         more.setdefault("options", {})["do"] = what
         return self.shared.do(unit(self.new_id(), "mixed", **more))
+
+
+class Actions(MixedNode):
+    """What actions know, return and save."""
 
     def test_an_action_knows_its_input_and_options(self) -> None:
         status, (text, path, name, options) = self.do("known", options={"k": [1]})
@@ -1770,15 +1774,8 @@ class Loading(CrowdTest):
 # ---------------------------------------------------------------------------
 
 
-class Workers(SharedNode):
+class Workers(MixedNode):
     """What surrounds an action while it runs, and how its end is told."""
-
-    options = MIXED_NODE
-
-    def do(self, what: str, **more: Any) -> tuple[str, Any]:
-        """What the action ``mixed`` makes of a unit."""
-        more.setdefault("options", {})["do"] = what
-        return self.shared.do(unit(self.new_id(), "mixed", **more))
 
     def test_a_worker_leads_its_own_session_and_is_no_child_of_the_node(self) -> None:
         id = self.new_id()
