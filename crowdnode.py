@@ -1035,6 +1035,8 @@ def linux_memory(pattern: re.Pattern[str]) -> float | None:
 #     pid 4711                           the fork server, after it; and the worker
 #     succeeded 0.0018 {"output":42}     the worker, at its end; or "failed", and then
 #                                        by the node where the worker has died
+#     reported                           the node: central has taken the outcome; kept
+#                                        for a few seconds, see "Late commits"
 #     withdrawn                          the node: never to be reported
 #
 # A line counts when its newline is there.  The file is locked (flock) as long as the
@@ -1045,6 +1047,7 @@ RECORD_VERSION = b"1"
 RECORD_KEYS = {"id", "job_id", "action", "stage", "attempts", "digest", "started"}
 OUTCOME = re.compile(rb'([0-9]+\.?[0-9]*) (\{"output":.*\})')
 WITHDRAWN = b"withdrawn\n"
+REPORTED = b"reported\n"
 
 
 class OddRecord(Exception):
@@ -1086,6 +1089,7 @@ class Record:
         self.pid: int | None = None
         self.outcome: Outcome | None = None
         self.withdrawn = False
+        self.reported = False
 
 
 def record_head(request: Json, digest: str) -> Json:
@@ -1137,6 +1141,8 @@ def parse_record(data: bytes) -> Record:
                     raise OddRecord(f"line {number + 1} is cut short")
             elif line + b"\n" == WITHDRAWN:
                 record.withdrawn = True
+            elif line + b"\n" == REPORTED:
+                record.reported = True
             else:
                 raise OddRecord(f"line {number + 1} can't be understood")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -2185,14 +2191,14 @@ class Worker:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def run(self) -> None:
-        """Do the unit and write down its outcome.  Returns where that was possible."""
+    def run(self) -> bool:
+        """Run the unit and write its outcome.  Return whether it succeeded."""
         try:
             self._settle_in()
         except OSError as error:
             reason = f"the worker can't be set up: {error}"
             self._write_outcome("failed", encoded_failure(reason))
-            return
+            return False
         status, output = self.run_work_unit()
         try:
             if self.unit["options"].get("benchmark") is True:
@@ -2202,6 +2208,7 @@ class Worker:
         except (OSError, ValueError):
             pass  # the action has closed it
         self._write_outcome(status, output)
+        return status == "succeeded"
 
     def _settle_in(self) -> None:
         """Become what a worker is: nice, limited, printing to its own file.
@@ -2337,6 +2344,24 @@ class Worker:
         self.record = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
 
+NESTING_LIMIT = 99  # levels; Ruby's JSON parser takes 100, {"output": ...} is one
+
+
+def is_nested_too_deeply(value: Any) -> bool:
+    """Return whether *value*, which is JSON, has more levels than NESTING_LIMIT."""
+    level = [value]
+    for _ in range(NESTING_LIMIT + 1):
+        level = [item for item in level if isinstance(item, (dict, list, tuple))]
+        if not level:
+            return False
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return True
+
+
 def encoded_output(result: Any) -> bytes:
     """The outcome as central takes it: always an object with the key output.
 
@@ -2349,9 +2374,17 @@ def encoded_output(result: Any) -> bytes:
             return b'{"output":%d}' % result
         if type(result) is str:
             return b'{"output":%s}' % json.encoder.encode_basestring(result).encode()
-        return to_json({"output": result}).encode()
-    except (TypeError, ValueError, RecursionError) as error:
+        text = to_json({"output": result}).encode()
+    except (TypeError, ValueError) as error:
         raise ActionFailed(f"the output is not JSON: {error}") from None
+    except RecursionError:
+        text = b""
+    if not text or is_nested_too_deeply(result):
+        raise ActionFailed(
+            f"the output is nested more than {NESTING_LIMIT} deep, which central's "
+            "Ruby can't parse"
+        )
+    return text
 
 
 def encoded_failure(message: str) -> bytes:
@@ -2654,8 +2687,8 @@ class ForkServer:
             os.close(self.wake_writer)
             self.oom_score.close()
             self.leftovers.inherit()
-            worker.run()
-            code = EXIT_OK
+            # The node tells a quick success from a quick failure by it.
+            code = EXIT_OK if worker.run() else EXIT_FAILED
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
@@ -2740,6 +2773,7 @@ def run_fork_server(descriptor: int) -> int:
 
 CONNECT_DEADLINE = 10  # seconds
 CHECK_OUT_TIMEOUT = 10  # seconds, so that a stop does not take long
+STATUS_LIMIT = 16 * MEGABYTE  # bytes of an answer
 STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*?))?\r?\n")
 FORM_SAFE = b"%% %s%s0123456789-._~" % (
     bytes(range(ord("A"), ord("Z") + 1)), bytes(range(ord("a"), ord("z") + 1))
@@ -2836,6 +2870,23 @@ class Central:
             return False
         return True
 
+    def running_pids(self) -> set[int]:
+        """Return the pids that central believes to be running on this node.
+
+        Source: protocol.md, "it records the pid"."""
+        body, _ = self._call("GET", "/status", None, self.config.central_timeout)
+        name = f"{self.config.host}:{self.port}"
+        try:
+            nodes = json.loads(body)["nodes"]
+            return {
+                int(pid)
+                for node in nodes
+                if node["host"] == name
+                for pid in node["workers"]
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CentralError(f"GET /status: not understood: {error!r}") from None
+
     def heartbeat(self) -> tuple[bytes, str | None]:
         """Ask whether central is there: the beginning of what it says, and its time,
         as a header Date has it, if it tells."""
@@ -2875,7 +2926,7 @@ class Central:
         try:
             with self._opener.open(request, timeout=timeout) as reply:
                 # The status says all: a 2xx was taken, whatever becomes of its body.
-                body = reply.read(100) if method == "GET" else b""
+                body = reply.read(STATUS_LIMIT) if method == "GET" else b""
                 date = reply.headers["Date"]
         except Exception as error:
             failure = self._failure(error)
@@ -3825,6 +3876,7 @@ class Unit:
         self.refusal: str | None = None
         self.replies_due = 0  # requests that wait to be told the pid
         self.replied = False  # central has been told the pid
+        self.replied_at = self.started  # when, monotonic
         self.withdrawn = False  # or reported: not to be reported (again)
         self.marked = False  # its record says so
         self.took = 0.0  # seconds, of a worker that has ended
@@ -3832,6 +3884,8 @@ class Unit:
         self.timed_out = False
         self.queued = False  # the reporters have it
         self.told = False  # its outcome is in the counts and the log
+        self.refusals = 0  # reports answered with 500 while central took others
+        self.taken_before = 0  # reports of other units, at the last of these
         self.backoff = Backoff()  # between its reports
 
     def __str__(self) -> str:
@@ -3945,6 +3999,18 @@ def sweep_all(temp_storage_path: str) -> None:
                 sweep(os.path.join(path, name))
 
 
+class Reported:
+    """A quick unit whose outcome central has taken, and may have lost since."""
+
+    __slots__ = ("name", "pid", "taken_at", "unlisted")
+
+    def __init__(self, name: str, pid: int | None) -> None:
+        self.name = name
+        self.pid = pid
+        self.taken_at = time.monotonic()
+        self.unlisted = 0  # looks in a row at which central did not list its pid
+
+
 class Units:
     """The units that this node has, by name, and what becomes of each.
 
@@ -3963,6 +4029,7 @@ class Units:
         self.tally = tally
         self.report = report
         self.by_name: dict[str, Unit] = {}
+        self.reported: dict[str, Reported] = {}  # see "Late commits"
         self.active: dict[Unit, None] = {}  # those that have not ended, in order
         self.changed = threading.Condition(threading.RLock())
 
@@ -4059,7 +4126,8 @@ class Units:
         with self.changed:
             unit.replies_due -= 1
             self.changed.notify_all()
-            unit.replied = unit.replied or written
+            if written:
+                unit.replied, unit.replied_at = True, time.monotonic()
             if unit.replied:
                 self._queue(unit)
             elif not unit.replies_due:
@@ -4105,6 +4173,29 @@ class Units:
         unit.refusal = unit.refusal or reason
         unit.answered.set()
 
+    def keep_reported(self, unit: Unit) -> None:
+        """Forget *unit*, but keep its record: its report may have to be sent again."""
+        if self.by_name.get(unit.name) is not unit:
+            return
+        try:
+            if ACTION_NAME.fullmatch(unit.action):
+                put_away(unit.directory)
+            remove_file(unit.printed)
+            append_to_record(unit.record, REPORTED)
+        except OSError as error:
+            log.warning("%s: can't mark its record: %s", unit, error)
+            self.remove(unit)
+        else:
+            self.reported[unit.name] = Reported(unit.name, unit.pid)
+            self.forget(unit)
+
+    def drop_reported(self, name: str) -> None:
+        """Remove the record of a unit whose report need not be sent again."""
+        with self.changed:
+            if self.reported.pop(name, None):
+                with contextlib.suppress(OSError):
+                    remove_file(f"{self.config.units_path}/{name}")
+
     def mark_withdrawn(self, unit: Unit) -> None:
         """Never report it; nor is the next node to."""
         unit.withdrawn = True
@@ -4146,6 +4237,13 @@ class Units:
 START_DEADLINE = 5  # seconds for the fork server to answer for a unit
 REPLY_DEADLINE = 5  # seconds for a reply to be written before its unit is reported
 REPORTERS = 4  # threads: central gets this many reports at once, at most
+SUCCESS_HOLD, FAILURE_HOLD = 0.1, 0.5  # seconds after the reply; a second failed costs
+HOLD_LIMIT = 2  # seconds
+HOLD_MEMORY = 600  # seconds without a find until reports are held less long again
+QUICK = 10  # seconds from the reply to the report of a unit that is watched
+STATUS_INTERVAL = 5  # seconds between looks at central's /status
+STUCK_AFTER = 2  # seconds after its report that a pid still listed is stuck
+REFUSALS = 3  # answers of 500, while others are taken, until a report is given up
 UNWATCHED = "the worker died while nobody watched it"
 
 
@@ -4193,7 +4291,8 @@ class Watch:
         """Look at every record, and at every unit that needs it."""
         units = self.units
         for name in os.listdir(self.config.units_path):
-            if UNIT_ID.fullmatch(name) and name not in units.by_name:
+            known = name in units.by_name or name in units.reported
+            if not known and UNIT_ID.fullmatch(name):
                 self.adopt(name)
         for unit in units.running():
             cut_back(unit.printed)
@@ -4220,7 +4319,7 @@ class Watch:
         *wanted*: a unit of that name has come, and has to wait for it."""
         path = f"{self.config.units_path}/{name}"
         with self.units.changed:
-            if name in self.units.by_name:
+            if name in self.units.by_name or name in self.units.reported:
                 return
             try:
                 locked = is_locked(path)
@@ -4244,14 +4343,17 @@ class Watch:
             except OSError as error:
                 log.warning("%s: can't be read: %s; trying again", path, error)
                 return
-            if record.head:
+            if record.reported and not record.withdrawn:
+                self.units.reported[name] = Reported(name, record.pid)
+            elif record.head:
                 self._take_over(record, record.head, locked)
 
     def _take_over(self, record: Record, head: Json, locked: bool) -> None:
         unit = Unit(head, self.config)
         unit.pid, unit.state = record.pid, "running"
         unit.started -= max(0.0, time.time() - head["started"])
-        unit.replied = True  # as far as anybody can know
+        # As far as anybody can know; by now, so its report is held as any other.
+        unit.replied, unit.replied_at = True, time.monotonic()
         # Without a pid nobody was told that it was accepted.
         unit.withdrawn = record.withdrawn or record.pid is None
         unit.answered.set()
@@ -4309,8 +4411,10 @@ class Watch:
         their units, they are reported as failed, by this node or the next."""
         units = self.units
         with units.changed:
-            for unit in units.active if released else ():
+            for unit in list(units.by_name.values()) if released else ():
                 units.mark_withdrawn(unit)
+                if unit.state == "ended":
+                    units.remove(unit)
         for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
             for unit in units.running():
                 how = signal_name(number)
@@ -4368,6 +4472,7 @@ class Intake:
         superseded: central sends other content only once it has let go of that one."""
         units = self.units
         with units.changed:
+            units.drop_reported(name)  # central has given it out again
             while name in units.by_name:
                 known = units.by_name[name]
                 if known.digest == head["digest"] and not known.withdrawn:
@@ -4502,17 +4607,107 @@ class Reporter:
             self._changed.notify_all()
 
 
+class ReportHold:
+    """Holds the reports of quick units until central has surely recorded their pids.
+
+    CloudCrowd 0.7 records a pid after it has read the reply, in its dispatcher's
+    thread, and overwrites what a report has done meanwhile.  As that thread goes on to
+    the next unit only then, the next POST /work is a proof; otherwise time has to do.
+    What was taken for all that too early LateCommits finds.  Source: protocol.md, "it
+    records the pid"."""
+
+    def __init__(self, central: Central, report: Callable[[Unit], None]) -> None:
+        self.central = central
+        self.report = report
+        self.write_down: Callable[[Unit], None] = lambda unit: None
+        self.factor = 1.0  # of the times, doubled when they were too short
+        self._found_at = 0.0
+        self._changed = threading.Condition()
+        self._successes: list[tuple[float, int, Unit]] = []  # heaps: (when, tie, unit)
+        self._failures: list[tuple[float, int, Unit]] = []
+        self._count = 0
+        self._wakes_at = 0.0  # when the thread looks next
+
+    def is_needed(self) -> bool:
+        """Return whether central may commit late: an old one does not."""
+        return self.central.dialect != "seed"
+
+    def is_watched(self, unit: Unit) -> bool:
+        """Return whether the report of *unit* came so soon that it may be lost."""
+        quick = time.monotonic() - unit.replied_at < QUICK
+        return quick and self.is_needed()
+
+    def put(self, unit: Unit) -> None:
+        """Have *unit* reported when its time has come."""
+        is_success = unit.wait_status == 0
+        least = SUCCESS_HOLD if is_success else FAILURE_HOLD
+        due = unit.replied_at + min(least * self.factor, max(least, HOLD_LIMIT))
+        if due <= time.monotonic() or not self.is_needed():
+            self.report(unit)
+            return
+        if not is_success:
+            self.write_down(unit)
+        with self._changed:
+            self._count += 1
+            heap = self._successes if is_success else self._failures
+            heapq.heappush(heap, (due, self._count, unit))
+            if due < self._wakes_at:
+                self._changed.notify()
+
+    def dispatched(self) -> None:
+        """Report the successes that are held: central has sent another unit."""
+        with self._changed:
+            ready, self._successes = self._successes, []
+        for _, _, unit in ready:
+            self.report(unit)
+
+    def run(self) -> None:
+        """Report what has been held long enough, for ever (a thread)."""
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                ready = []
+                for heap in (self._successes, self._failures):
+                    while heap and heap[0][0] <= now:
+                        ready.append(heapq.heappop(heap)[2])
+                if not ready:
+                    heaps = (self._successes, self._failures)
+                    times = [heap[0][0] for heap in heaps if heap]
+                    self._wakes_at = min(times, default=float("inf"))
+                    self._changed.wait(min(times) - now if times else None)
+                    self._wakes_at = 0.0
+            for unit in ready:
+                self.report(unit)
+
+    def found(self) -> None:
+        """Hold reports longer: one came too early."""
+        self._found_at = time.monotonic()
+        self.factor = min(2 * self.factor, HOLD_LIMIT / SUCCESS_HOLD)
+
+    def relax(self, now: float) -> None:
+        """Hold reports less long, when none has come too early for HOLD_MEMORY."""
+        if self.factor > 1 and now - self._found_at > HOLD_MEMORY:
+            self._found_at = now
+            self.factor = max(1.0, self.factor / 2)
+
+
 class Delivery:
     """Tells central what came of units that have ended."""
 
     def __init__(
-        self, units: Units, servers: ForkServers, central: Central, tally: Tally
+        self,
+        units: Units,
+        servers: ForkServers,
+        central: Central,
+        tally: Tally,
+        hold: ReportHold,
     ) -> None:
         self.config = units.config
         self.units = units
         self.servers = servers
         self.central = central
         self.tally = tally
+        self.hold = hold
 
     def deliver(self, unit: Unit) -> bool:
         """Report *unit* and forget it; False where there was no need to ask central.
@@ -4531,14 +4726,53 @@ class Delivery:
         if not unit.told:
             self._tell(unit, outcome)
             unit.told = True
-        if self.central.report(unit.name, unit.pid, outcome):
+        try:
+            known = self.central.report(unit.name, unit.pid, outcome)
+        except CentralError as error:
+            if error.status != 500 or not self._is_too_much(unit):
+                raise
+            self._give_up(unit, outcome)
+            return self.deliver(unit)
+        if known:
             self.tally.count("reported")
         else:
             log.warning("%s: central does not know it (any more); discarded", unit)
         with self.units.changed:
             unit.withdrawn = True  # even if its record can't be removed now
-            self.units.remove(unit)
+            if known and self.hold.is_watched(unit):
+                self.units.keep_reported(unit)
+            else:
+                self.units.remove(unit)
         return True
+
+    def _is_too_much(self, unit: Unit) -> bool:
+        """Return whether central has answered 500 to *unit* REFUSALS times, and has
+        taken reports of others meanwhile."""
+        taken = self.tally.counts["reported"]
+        if unit.refusals == 0 or taken != unit.taken_before:
+            unit.refusals, unit.taken_before = unit.refusals + 1, taken
+        return unit.refusals == REFUSALS
+
+    def _give_up(self, unit: Unit, outcome: Outcome) -> None:
+        """Have *unit* fail, because central can't take its outcome.
+
+        Source: protocol.md: Rack refuses a form of more than 4 MB with a 500."""
+        size = len(form_quoted(outcome.output))
+        reason = (
+            f"central refuses the report, whose form has {size} bytes, with 500. Rack "
+            "takes 4194304: return less, or set RACK_QUERY_PARSER_BYTESIZE_LIMIT in "
+            "central's environment"
+        )
+        unit.refusals += 1
+        log.error("%s: %s", unit, reason)
+        line = outcome_line("failed", outcome.seconds, encoded_failure(reason))
+        append_to_record(unit.record, line)
+
+    def write_down(self, unit: Unit) -> None:
+        """Write down what ended a worker, while that is known."""
+        with contextlib.suppress(OSError):  # then when it is reported
+            if self._written_outcome(unit) is None:
+                self._death(unit)
 
     def _written_outcome(self, unit: Unit) -> Outcome | None:
         try:
@@ -4599,6 +4833,80 @@ class Delivery:
         verb = outcome.kind.replace("_", " ")
         seconds = float(outcome.seconds)
         log.info("%s, worker %s, %s after %.3f s%s", unit, unit.pid, verb, seconds, why)
+
+
+class LateCommits:
+    """Finds reports that central has taken and lost again, and sends them once more."""
+
+    def __init__(self, units: Units, central: Central, hold: ReportHold) -> None:
+        self.units = units
+        self.central = central
+        self.hold = hold
+        self._looked_at = 0.0  # monotonic
+        self._thread: threading.Thread | None = None
+
+    def look_soon(self) -> None:
+        """Look, on a thread of its own, if there is something to look for."""
+        now = time.monotonic()
+        self.hold.relax(now)
+        if not self.units.reported or now - self._looked_at < STATUS_INTERVAL:
+            return
+        if self._thread is None or not self._thread.is_alive():
+            self._looked_at = now
+            self._thread = start_thread(self._look, name="late commits")
+
+    def _look(self) -> None:
+        try:
+            self.look()
+        except CentralError as error:
+            log.warning("central's /status: %s; trying again", error)
+        except Exception:
+            log.exception("the look at central's /status failed; trying again")
+
+    def look(self) -> None:
+        """Compare what central believes to be running with what it was told.
+
+        Raises CentralError."""
+        units = self.units
+        if not self.hold.is_needed():
+            for name in list(units.reported):
+                units.drop_reported(name)
+            return
+        with units.changed:
+            entries = list(units.reported.values())
+        listed = self.central.running_pids()
+        with units.changed:
+            running = {unit.pid for unit in units.by_name.values()}
+        for entry in entries:
+            if entry.pid not in listed or entry.pid in running:
+                entry.unlisted += 1
+                if entry.unlisted == 2:
+                    units.drop_reported(entry.name)
+                continue
+            entry.unlisted = 0
+            if time.monotonic() - entry.taken_at > STUCK_AFTER:
+                self._report_again(entry)
+
+    def _report_again(self, entry: Reported) -> None:
+        with self.units.changed:
+            if self.units.reported.get(entry.name) is not entry:
+                return
+            path = f"{self.units.config.units_path}/{entry.name}"
+        try:
+            outcome = parse_record(read_file(path)).outcome
+            if outcome is None:
+                raise OddRecord("there is no outcome in it")
+            self.central.report(entry.name, entry.pid, outcome)
+        except (CentralError, OSError, OddRecord) as error:
+            log.warning("unit %s: can't be reported again: %s", entry.name, error)
+            return
+        entry.taken_at = time.monotonic()
+        self.hold.found()
+        log.warning(
+            "unit %s: central still listed its process %s after it had taken the "
+            "report; reported again",
+            entry.name, entry.pid,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
@@ -4944,6 +5252,8 @@ class Registration:
                 log.info("the last node here did not check out; doing so")
                 self.central.check_out()
                 self.unclean = False
+                for name in list(self.units.reported):  # it has let go of these, too
+                    self.units.drop_reported(name)
             self.central.check_in(bool(self.overload), self.servers.actions)
         except CentralError as error:
             raise CrowdError(
@@ -5001,10 +5311,15 @@ class Node:
         )
         self.tally = Tally()
         self.reporter = Reporter()
-        self.units = Units(config, self.overload, self.tally, self.reporter.put)
+        self.hold = ReportHold(self.central, self.reporter.put)
+        self.units = Units(config, self.overload, self.tally, self.hold.put)
         self.watch = Watch(config, self.units)
         self.intake = Intake(self.units, self.servers, self.watch)
-        self.delivery = Delivery(self.units, self.servers, self.central, self.tally)
+        self.delivery = Delivery(
+            self.units, self.servers, self.central, self.tally, self.hold
+        )
+        self.hold.write_down = self.delivery.write_down
+        self.late_commits = LateCommits(self.units, self.central, self.hold)
         self.registration = Registration(
             self.central, self.overload, self.units, self.servers, unclean
         )
@@ -5035,6 +5350,7 @@ class Node:
         )
         self.servers.probe()
         self.watch.look()
+        self.late_commits.look_soon()
         if self.registration.owes_check_out():
             self.registration.loop.soon()
         self.overload.remind()
@@ -5468,6 +5784,7 @@ class NodeHandler(RequestHandler):
 
     def _work(self, fields: dict[str, str]) -> None:
         node = self.server.node
+        node.hold.dispatched()
         if "work_unit" not in fields:
             raise BadRequest("There is no field work_unit in the form.")
         request = parse_unit(fields["work_unit"])
@@ -5633,6 +5950,7 @@ class Lifetime:
         node = self.node
         write_file(self.config.state_file("node.port"), b"%d\n" % node.port)
         node.reporter.start(node.delivery.deliver)
+        start_thread(node.hold.run, name="hold")
         if not self.is_upgrade:
             start_thread(self.server.serve_forever)
         node.servers.use(node.servers.start(self.config))
@@ -5706,6 +6024,8 @@ class Lifetime:
         log_problems([("warning", warning) for warning in warnings])
         if config.central_server != self.config.central_server:
             node.central.forget()
+            for name in list(node.units.reported):  # the other one knows nothing of it
+                node.units.drop_reported(name)
         self.config.replace(config)
         node.servers.use(link)
         log.setLevel(config.log_level.upper())
@@ -5748,6 +6068,9 @@ class Lifetime:
             if self.signals.next(0.05) not in (None, signal.SIGHUP):
                 break  # a second signal
         self.clean = node.registration.check_out()
+        if self.clean:
+            for name in list(node.units.reported):
+                node.units.drop_reported(name)
         node.watch.end_all(released=self.clean)
         node.servers.stop()
         node.servers.wait(KILL_GRACE)
@@ -5848,10 +6171,10 @@ class LocalCentral:
         return 404
 
     def _check_in(self, name: str, fields: dict[str, str]) -> int:
-        if "port" in fields or ":" not in name or not fields.get("enabled_actions"):
+        if "port" not in fields or not fields.get("enabled_actions"):
             return 500  # the other dialect
         with self.changed:
-            self.node, self.known = name, True
+            self.node, self.known = f"{name}:{fields['port']}", True
             self.busy = fields.get("busy") == "true"
             self.room = int(fields.get("max_workers") or 0)
             self.changed.notify_all()
@@ -6149,7 +6472,7 @@ class LocalRun:
                 "host": "127.0.0.1",
                 "bind": "127.0.0.1",
                 "port": 0,
-                "dialect": "0.5",
+                "dialect": "seed",  # this central commits before it answers
                 "tag": None,
                 "allow": [],
                 "http_authentication": True,
@@ -6696,6 +7019,36 @@ def print_status(status: Json) -> None:
             print(f"{name:<11}{value}")
 
 
+# Classes of Ruby's core and library, and of what central loads.  An action of such a
+# name breaks every action: "superclass mismatch".  Source: central.md.
+RUBY_CLASSES = """
+    action active_record active_support array base64 basic_object benchmark binding
+    class cloud_crowd comparable complex data date date_time delegator digest dir
+    encoding enumerable enumerator erb errno error etc event_machine exception
+    false_class fiber file file_utils find float gc hash integer io job json kernel
+    logger marshal match_data math method module monitor mutex net nil_class node
+    numeric object object_space open_struct open_uri pathname proc process psych
+    queue rack ractor random range rational regexp rest_client secure_random server
+    set signal sinatra singleton socket string string_io struct symbol tempfile thin
+    thread time timeout true_class unbound_method uri work_unit worker yaml zlib
+""".split()  # noqa: SIM905
+
+
+def ruby_problem(name: str) -> str | None:
+    """Return why central can't have an action of this *name*, or None."""
+    if name.lower() in RUBY_CLASSES:
+        return (
+            f"{camelized(name)} is a class of Ruby's own or of central's, which makes "
+            "central fail every job: rename the action"
+        )
+    return None
+
+
+def camelized(name: str) -> str:
+    """Return the Ruby class name for *name*, as CloudCrowd's Inflector has it."""
+    return re.sub(r"(?:^|_)(.)", lambda match: match[1].upper(), name)
+
+
 STUB_MARK = "# Written by crowdnode.py --stubs"
 STUB = """{mark}: central asks this class for the action's stages.
 class {name} < CloudCrowd::Action
@@ -6718,12 +7071,19 @@ def write_stubs(config: Config, directory: str) -> int:
     try:
         os.makedirs(directory, exist_ok=True)
         for name, action in sorted(actions.items()):
+            problem = ruby_problem(name)
+            if problem:
+                print(f"{name}: {problem}", file=sys.stderr)
+                status = EXIT_FAILED
+                continue
             path = os.path.join(directory, f"{name}.rb")
             stub = ruby_stub(name, stages_of(action)).encode()
             old = read_file(path) if os.path.exists(path) else stub
             if old != stub and not old.startswith(STUB_MARK.encode()):
-                print(f"{path}: is not of --stubs; left alone", file=sys.stderr)
-                status = EXIT_FAILED
+                # crowd install has put CloudCrowd's own there.
+                if BUILT_IN_ACTIONS.get(name) is not action:
+                    print(f"{path}: is not of --stubs; left alone", file=sys.stderr)
+                    status = EXIT_FAILED
                 continue
             write_file(path, stub)
             print(path)
@@ -6735,17 +7095,25 @@ def write_stubs(config: Config, directory: str) -> int:
 
 def ruby_stub(name: str, stages: list[str]) -> str:
     """The class that CloudCrowd's Inflector.camelize looks for, with empty stages."""
-    camel = re.sub(r"(?:^|_)(.)", lambda match: match[1].upper(), name)
     methods = "".join(f"  def {stage}\n  end\n" for stage in stages)
-    return STUB.format(mark=STUB_MARK, name=camel, methods=methods.rstrip("\n"))
+    return STUB.format(
+        mark=STUB_MARK, name=camelized(name), methods=methods.rstrip("\n")
+    )
 
 
 def check(config: Config) -> int:
     """--check: a line each for what is in order and what is not."""
     lines = [("ok", f"configuration: {config.file or 'no file, all defaults'}")]
     loader = ActionLoader(config)
-    actions = ", ".join(sorted(loader.load()))
+    names = sorted(loader.load())
+    actions = ", ".join(names)
     lines += loader.problems
+    problems = {name: ruby_problem(name) for name in names}
+    lines += [
+        ("error", f"action {name}: {problem}")
+        for name, problem in problems.items()
+        if problem
+    ]
     lines.append(("ok", f"actions: {actions}") if actions else ("error", "no action"))
     try:
         prepare_directories(config)
@@ -6754,8 +7122,7 @@ def check(config: Config) -> int:
         lines += [("warning", warning) for warning in state_warnings(config)]
     except CrowdError as error:
         lines.append(("error", str(error)))
-    problems = host_problems(config)
-    lines += problems or [("ok", f"host: {config.host} resolves")]
+    lines += host_problems(config) or [("ok", f"host: {config.host} resolves")]
     lines += check_central(config)
     for level, sentence in lines:
         print(f"{'ok' if level == 'info' else level}: {sentence}")

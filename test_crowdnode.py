@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import collections
 import concurrent.futures
 import configparser
 import contextlib
@@ -26,6 +27,7 @@ import json
 import os
 import plistlib
 import pty
+import random
 import re
 import resource
 import select
@@ -238,15 +240,19 @@ def compiled_program() -> str:
 class Central:
     """A central server that writes down what it is told.
 
-    calls: (method, path, fields).  answer: may give the status of a call, or hang;
-    None: as CloudCrowd would.  seed: it is an old release."""
+    calls: (method, path, fields), of all but GET /status.  answer: may give the status
+    of a call, or hang; None: as CloudCrowd would.  seed: it is an old release."""
 
     def __init__(self, seed: bool = False, login: str = "") -> None:
         self.seed = seed
         self.login = login
         self.calls: list[tuple[str, str, Fields]] = []
+        self.looks: list[int] = []  # for each GET /status how many calls came before
         self.answer: Answer = lambda method, path, fields: None
         self.heartbeat = b"buh-bump"
+        # The pids that GET /status lists for the node, and for another one.
+        self.listed: Callable[[], list[int]] = list
+        self.listed_elsewhere: Callable[[], list[int]] = list
         self.date = ""  # Thin, CloudCrowd's server, sends none
         self.port = 0
         self.held: socket.socket | None = None
@@ -302,12 +308,17 @@ class Central:
         length = int(handler.headers.get("Content-Length") or 0)
         body = handler.rfile.read(length).decode()
         fields = dict(urllib.parse.parse_qsl(body, keep_blank_values=True))
-        self.calls.append((handler.command, handler.path, fields))
+        if handler.path == "/status":
+            self.looks.append(len(self.calls))
+        else:
+            self.calls.append((handler.command, handler.path, fields))
         status = self.answer(handler.command, handler.path, fields)
         if status is None:
             status = self.usual_answer(handler, fields)
         if status:
             text = self.heartbeat if handler.command == "GET" else b""
+            if (handler.path, status) == ("/status", 200):
+                text = self.status_text()
             handler.send_response_only(status)
             if self.date:
                 handler.send_header("Date", self.date)
@@ -333,6 +344,19 @@ class Central:
             if fields.get("busy") not in ("true", "false"):
                 return 500
         return 204
+
+    def status_text(self) -> bytes:
+        """GET /status, as CloudCrowd 0.7 has it."""
+        paths = [path for verb, path, _ in list(self.calls) if verb == "PUT"]
+        hosts = [path[len("/node/") :] for path in paths if path.startswith("/node/")]
+        workers = [("other.example:9063", self.listed_elsewhere())]
+        workers += [(host, self.listed()) for host in hosts[-1:]]
+        nodes = [
+            {"host": host, "tag": None, "workers": pids, "status": "available"}
+            for host, pids in workers
+        ]
+        document = {"nodes": nodes, "job_count": 1, "work_unit_count": 1}
+        return json.dumps(document).encode()
 
     def fail(self, wrong: int, prefix: str, method: str = "PUT") -> None:
         """From now on answer such calls with the status *wrong*."""
@@ -388,7 +412,14 @@ class NodeProcess:
         self.directory = directory or tempfile.mkdtemp(prefix="crowdnode-test-")
         self.central = central
         self.env = env or {}
-        self.constants = {"MONITOR_INTERVAL": 0.1, "TEMPORARY_DIRECTORIES": ()}
+        self.constants = {
+            "MONITOR_INTERVAL": 0.1,
+            # A report waits so long, and its record stays for two looks after it.
+            "SUCCESS_HOLD": 0.01,
+            "FAILURE_HOLD": 0.02,
+            "STATUS_INTERVAL": 0.1,
+            "TEMPORARY_DIRECTORIES": (),
+        }
         self.constants.update(constants or {})
         self.settings = {
             "central_server": central.url,
@@ -2164,8 +2195,8 @@ wrap(threading.Thread, "start")
 FAULTS = ("ENOSPC", "EMFILE", "EAGAIN", "EACCES", "EIO", "EINTR")
 
 
-class SystemCalls(CrowdTest):
-    """Every call of the system that can fail, once at each of its places."""
+class FaultyNode(CrowdTest):
+    """A node of which any call of the system can be made to fail."""
 
     SUICIDE = ECHO.replace(
         "return self.input", "open('left', 'w').close(); os.kill(os.getpid(), 9)"
@@ -2184,7 +2215,13 @@ class SystemCalls(CrowdTest):
                 "suicide.py": self.SUICIDE.replace("Echo", "Suicide"),
                 "shell.sh": "#!/bin/sh\necho $1\n",
             },
-            constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.1, "START_DEADLINE": 2},
+            constants={
+                "MONITOR_INTERVAL": 0.02,
+                "STATUS_INTERVAL": 0,
+                "RETRY_WAIT": 0.1,
+                "RETRY_WAIT_LIMIT": 0.1,
+                "START_DEADLINE": 2,
+            },
             env={"PYTHONPATH": directory, "CROWDNODE_FAULTS": self.faults},
         )
         self.last_id = 0
@@ -2273,6 +2310,10 @@ class SystemCalls(CrowdTest):
         self.assertNotIn("Traceback", self.subject.log())
         self.assertEqual(self.subject.status()["fork_server"]["restarts"], 0)
 
+
+class SystemCalls(FaultyNode):
+    """Every call of the system that can fail, once at each of its places."""
+
     def test_where_there_is_no_room_every_unit_is_answered_for(self) -> None:
         self.fail_each(self.plain, "ENOSPC", "EMFILE")
 
@@ -2281,6 +2322,10 @@ class SystemCalls(CrowdTest):
 
     def test_where_it_might_work_later_every_unit_is_answered_for(self) -> None:
         self.fail_each(self.plain, "EAGAIN", "EINTR")
+
+
+class MoreSystemCalls(FaultyNode):
+    """The same, for what is not a plain unit."""
 
     def test_a_program_is_answered_for(self) -> None:
         self.fail_each(self.executable, *FAULTS)
@@ -3030,6 +3075,553 @@ class Reports(CrowdTest):
         self.assertEqual(outputs, {words})
 
 
+MOODY = """
+from crowdnode import Action
+
+class Moody(Action):
+    def process(self):
+        if self.input.startswith("bad"):
+            raise ValueError(self.input)
+        return self.input
+"""
+
+
+class LateCentral(Central):
+    """A central that commits late, as CloudCrowd 0.7 does.
+
+    Its dispatcher posts a unit, reads the reply, and commits the pid a while later,
+    over whatever a report has changed meanwhile; then it posts the next unit.  Other
+    threads take the reports.  retries: how often a unit is tried."""
+
+    DELAYS: tuple[float, ...] = (
+        0.005,
+        0.02,
+        0.15,
+        1.2,
+    )  # seconds from the reply to the commit
+    WEIGHTS: tuple[float, ...] = (75, 22, 2.5, 0.5)
+
+    def __init__(self, inputs: list[str], action: str, retries: int = 1) -> None:
+        self.rows: list[dict[str, Any]] = [
+            {"input": text, "status": "processing", "attempts": 0, "pid": None}
+            for text in inputs
+        ]
+        self.action = action
+        self.retries = retries
+        self.random = random.Random(12)
+        self.node = ""  # HOST:PORT, when it has checked in
+        self.busy = False
+        self.room = 0
+        self.posted: int | None = None  # the row that the dispatcher has not committed
+        self.changed = threading.Condition()
+        self.closed = threading.Event()
+        super().__init__()
+        self.listed = self.pids
+        self.dispatcher = threading.Thread(target=self.dispatch, daemon=True)
+        self.dispatcher.start()
+
+    def close(self) -> None:
+        self.closed.set()
+        with self.changed:
+            self.changed.notify_all()
+        self.dispatcher.join(DEADLINE)
+        super().close()
+
+    def pids(self) -> list[int]:
+        """The pids of all rows that bear one: they use up the node's max_workers."""
+        return [row["pid"] for row in self.rows if row["pid"] is not None]
+
+    def state(self) -> dict[str, int]:
+        """How many rows have each status, bear a pid, and are being dispatched."""
+        with self.changed:
+            counts = collections.Counter(row["status"] for row in self.rows)
+            counts["with a pid"] = len(self.pids())
+            counts["dispatched"] = int(self.posted is not None)
+        return {key: count for key, count in counts.items() if count}
+
+    def next_row(self) -> int | None:
+        """The first row that is available, if the node can take it."""
+        if not self.node or self.busy or len(self.pids()) >= self.room:
+            return None
+        for number, row in enumerate(self.rows):
+            if row["status"] == "processing" and row["pid"] is None:
+                return number
+        return None
+
+    def dispatch(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(
+                    lambda: self.closed.is_set() or self.next_row() is not None
+                )
+                self.posted = self.next_row()
+                if self.closed.is_set() or self.posted is None:
+                    return
+                row = self.rows[self.posted]
+                believed = dict(row)
+                node = self.node
+            pid = self.post(node, self.posted, believed)
+            if pid is not None:
+                self.closed.wait(self.random.choices(self.DELAYS, self.WEIGHTS)[0])
+            with self.changed:
+                if pid is not None:
+                    row.update(believed, pid=pid)
+                self.posted = None
+
+    def post(self, node: str, number: int, row: dict[str, Any]) -> int | None:
+        """Post a row to the node; the pid in its reply, None if it has not taken it."""
+        host, _, port = node.rpartition(":")
+        body = unit(number, self.action, row["input"], attempts=row["attempts"])
+        try:
+            with socket.create_connection((host, int(port)), DEADLINE) as connection:
+                connection.sendall(work_request(body))
+                status, _, reply = read_answer(connection)
+        except (OSError, IndexError):
+            self.remove_node()
+            return None
+        if status != 200:
+            self.busy = True  # until it checks in again
+            return None
+        return int(json.loads(reply)["pid"])
+
+    def remove_node(self) -> None:
+        """Release the units of the node."""
+        with self.changed:
+            self.node = ""
+            for row in self.rows:
+                row["pid"] = None
+
+    def usual_answer(self, handler: Any, fields: Fields) -> int:
+        status = super().usual_answer(handler, fields)
+        _, kind, name = handler.path.split("/", 2) if status == 204 else ("", "", "")
+        with self.changed:
+            if (handler.command, kind) == ("PUT", "node"):
+                self.node, self.busy = name, fields["busy"] == "true"
+                self.room = int(fields["max_workers"])
+            elif (handler.command, kind) == ("DELETE", "node"):
+                self.remove_node()
+            elif kind == "work" and int(name) >= len(self.rows):
+                status = 404
+            elif kind == "work":
+                self.take_report(self.rows[int(name)], fields["status"])
+            self.changed.notify_all()
+        return status
+
+    def take_report(self, row: dict[str, Any], status: str) -> None:
+        """Reports are not idempotent: see protocol.md."""
+        row.update(attempts=row["attempts"] + 1, pid=None)
+        if status == "succeeded" or row["attempts"] >= self.retries:
+            row["status"] = status
+
+
+# A pid that is still listed is stuck soon.
+HASTY = {"STUCK_AFTER": 0.05, "RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.2}
+
+
+def stuck(central: Central, *ids: int, until: int = 2) -> list[int]:
+    """The pids of those units that were reported, but fewer than *until* times."""
+    reports = [central.reports(id) for id in ids]
+    return [int(found[0]["pid"]) for found in reports if 0 < len(found) < until]
+
+
+class LateCommits(CrowdTest):
+    """A central that records a pid only after it has taken the unit's report."""
+
+    def looks_since_report(self, central: Central, unit_id: Any) -> int:
+        """How many GET /status came after the first report of that unit."""
+        paths = [path for _, path, _ in list(central.calls)]
+        report = f"/work/{unit_id}"
+        if report not in paths:
+            return 0
+        return sum(look > paths.index(report) for look in list(central.looks))
+
+    def test_every_unit_ends_and_none_stays_listed(self) -> None:
+        inputs = [f"{'bad' if id % 2 else 'good'} {id}" for id in range(200)]
+        central = LateCentral(inputs, "moody")
+        self.addCleanup(central.close)
+        self.node(
+            central,
+            actions={"moody.py": MOODY},
+            max_workers=30,
+            constants={
+                "SUCCESS_HOLD": 0.1,
+                "FAILURE_HOLD": 0.5,
+                "HOLD_LIMIT": 0.6,
+                "STATUS_INTERVAL": 1.25,  # longer than a commit may be late
+                "STUCK_AFTER": 0.4,
+            },
+        )
+        wanted = {"succeeded": 100, "failed": 100}
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: central.state() == wanted, "all units end")
+        self.assertEqual(central.state(), wanted)
+        wrong = [
+            row
+            for row in central.rows
+            if row["attempts"] != 1
+            or row["input"].startswith("bad") != (row["status"] == "failed")
+        ]
+        self.assertEqual(wrong, [])
+
+    def test_a_unit_that_is_retried_ends_whatever_is_committed_late(self) -> None:
+        central = LateCentral(["bad"] * 2, "moody", retries=3)
+        central.DELAYS, central.WEIGHTS = (0.02, 0.1), (1, 1)
+        self.addCleanup(central.close)
+        self.node(central, actions={"moody.py": MOODY}, constants=HASTY)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: central.state() == {"failed": 2}, "all units end")
+        self.assertEqual(central.state(), {"failed": 2})
+        self.assertEqual([row["attempts"] for row in central.rows], [3] * 2)
+
+    def test_the_status_is_requested_with_the_credentials(self) -> None:
+        central = self.central(login="ali ce:s3cr:et")
+        node = self.node(
+            central,
+            http_authentication="yes",
+            login="ali ce",
+            password="s3cr:et",
+            constants=HASTY,
+        )
+        right = "Authorization: Basic YWxpIGNlOnMzY3I6ZXQ=\r\n"
+        # More than a hundred bytes of pids, and the right one last.
+        others = list(range(10**7, 10**7 + 50))
+        central.listed = lambda: others + stuck(central, 1)
+        self.assertEqual(node.send(work_request(unit(), right))[0], 200)
+        wait_for(lambda: len(central.reports(1)) > 1, "it is reported again")
+
+    def test_a_pid_that_is_still_listed_is_reported_again(self) -> None:
+        node = self.node(constants=HASTY)
+        central = node.central
+        running = node.take(unit(2, "waiter", node.path("stay")))
+        central.listed = lambda: [running, *stuck(central, 1)]
+        node.take(unit(1))
+        wait_for(lambda: len(central.reports(1)) == 2, "it is reported again")
+        self.assertEqual(central.reports(1)[0], central.reports(1)[1])
+        wait_for(lambda: node.units() == ["2", "2.out"], "its record is removed")
+        self.assertEqual(len(central.reports(1)), 2)
+        self.assertEqual(central.reports(2), [], "that one is running")
+        with open(node.path("stay"), "w"):
+            pass
+        central.outcome(2)
+
+    def test_a_pid_has_to_be_unlisted_twice_in_a_row(self) -> None:
+        node = self.node(constants=HASTY)
+        central = node.central
+        # A commit that comes between the first look and the second.
+        central.listed = lambda: (
+            stuck(central, 1) if self.looks_since_report(central, 1) == 2 else []
+        )
+        node.take(unit(1))
+        wait_for(lambda: len(central.reports(1)) == 2, "it is reported again")
+        node.settled()
+        self.assertEqual(len(central.reports(1)), 2)
+
+    def test_a_pid_that_is_not_listed_is_forgotten(self) -> None:
+        node = self.node(constants=HASTY)
+        central = node.central
+        central.listed_elsewhere = lambda: stuck(central, 1)  # at another node
+        central.listed = lambda: (
+            stuck(central, 1) if self.looks_since_report(central, 1) > 2 else []
+        )
+        node.do(unit(1))
+        node.settled()
+        node.do(unit(2))
+        wait_for(lambda: self.looks_since_report(central, 2) > 1, "more looks")
+        node.settled()
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_a_kill_of_the_node_forgets_no_report(self) -> None:
+        node = self.node(constants={**HASTY, "STATUS_INTERVAL": 600})
+        central = node.central
+        node.take(unit(1, "waiter", node.path("go")))
+        for id, action in ((2, "echo"), (3, "broken")):
+            node.do(unit(id, action))
+            wait_for(lambda: b"\nreported" in node.record(id), "it is on disk")
+        looks = len(central.looks)
+        node.kill()
+        central.listed = lambda: stuck(central, 2, 3)
+        node.constants.update(HASTY)
+        node.start()
+        for id in (2, 3):
+            wait_for(lambda: len(central.reports(id)) == 2, "it is reported again")
+            self.assertEqual(central.reports(id)[0], central.reports(id)[1])
+        self.assertEqual(central.told("DELETE", "/node"), [], "a worker lives")
+        with open(node.path("go"), "w"):
+            pass
+        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
+        node.settled()
+        self.assertGreater(len(central.looks), looks)
+        self.assertEqual([len(central.reports(id)) for id in (2, 3)], [2, 2])
+
+    def test_a_check_out_ends_the_watch(self) -> None:
+        node = self.node(constants={**HASTY, "STATUS_INTERVAL": 600})
+        central = node.central
+        for id, end in ((1, node.kill), (2, node.stop)):
+            node.do(unit(id))
+            wait_for(lambda: b"\nreported" in node.record(id), "it is on disk")
+            end()
+            if id == 1:
+                wait_for(lambda: not our_processes(), "no worker lives")
+                node.start()
+            self.assertEqual(len(central.told("DELETE", "/node")), id)
+            self.assertEqual(node.units(), [])
+            self.assertEqual(len(central.reports(id)), 1)
+
+    def test_a_status_that_hangs_blocks_nothing_else(self) -> None:
+        central = self.central()
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+
+        def answer(method: str, path: str, _: Fields) -> None:
+            if path == "/status":
+                go_on.wait(60)
+
+        central.answer = answer
+        env = self.fake_uptime('echo "load average: $(cat "$D/load"), 0.1, 0.1"')
+
+        def set_load(value: str) -> None:
+            with open(os.path.join(env["D"], "load"), "w") as file:
+                file.write(value)
+
+        set_load("0.10")
+        node = self.node(central, env=env, max_load=2.5, constants=HASTY)
+        node.do(unit(1))
+        wait_for(lambda: central.looks, "a look")
+        for load, busy in (("7.50", True), ("0.20", False)):
+            set_load(load)
+            wait_for(lambda: node.status()["load_average"] == float(load), "a tick")
+            wait_for(lambda: node.status()["overloaded"] is busy, "the overload")
+        wait_for(lambda: central.check_ins()[-1]["busy"] == "false", "a check-in")
+        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+        self.assertEqual(len(central.looks), 1, "one at a time")
+        started = time.monotonic()
+        node.stop()
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertEqual(central.calls[-1][0], "DELETE")
+
+    def test_a_status_that_is_wrong_is_logged_and_requested_again(self) -> None:
+        central = self.central()
+        wrong: list[Any] = [500, 0, b"<html>", b"[]", b'{"nodes": [{"host": 1}]}']
+        right = central.status_text
+
+        def answer(method: str, path: str, _: Fields) -> int | None:
+            if path != "/status" or not wrong:
+                return None
+            return wrong.pop(0) if isinstance(wrong[0], int) else None
+
+        def status_text() -> bytes:
+            return wrong.pop(0) if wrong else right()
+
+        central.answer, central.status_text = answer, status_text  # type: ignore
+        central.listed = lambda: stuck(central, 1)
+        node = self.node(central, constants=HASTY)
+        node.take(unit(1))
+        wait_for(lambda: len(central.reports(1)) == 2, "it is reported again")
+        self.assertEqual(wrong, [])
+        self.assertTrue(node.said("/status"))
+        self.assertFalse(node.said("Traceback"))
+
+    def test_a_second_report_that_fails_does_not_keep_others_back(self) -> None:
+        central = self.central()
+        ids = (1, 2, 3)
+        refused: list[int] = []
+        freed: set[int] = set()
+
+        def answer(method: str, path: str, _: Fields) -> int | None:
+            for id in ids:
+                if path == f"/work/{id}" and len(central.reports(id)) > 1:
+                    refused.extend([] if refused else [id])
+                    if refused == [id] and len(freed) < 2:
+                        return 500
+                    freed.add(id)
+            return None
+
+        central.answer = answer
+        central.listed = lambda: stuck(
+            central, *(id for id in ids if id not in freed), until=1000
+        )
+        node = self.node(central, constants=HASTY)
+        for id in ids:
+            node.take(unit(id))
+        wait_for(lambda: len(freed) == 3, "all are reported again")
+        node.settled()
+        for id in ids:
+            if refused == [id]:
+                self.assertGreaterEqual(len(central.reports(id)), 3)
+            else:
+                self.assertEqual(len(central.reports(id)), 2)
+
+
+class Holds(CrowdTest):
+    """How long a report waits for central to have recorded the pid."""
+
+    def test_a_success_is_held_until_the_next_unit_arrives(self) -> None:
+        constants = {"SUCCESS_HOLD": 60, "FAILURE_HOLD": 60, "HOLD_LIMIT": 60}
+        node = self.node(constants=constants)
+        central = node.central
+        node.take(unit(1))
+        wait_for(lambda: node.status()["unreported"] == 1, "it is held")
+        node.take(unit(2, "broken"))
+        self.assertEqual(central.outcome(1), ("succeeded", "x"))
+        wait_for(lambda: node.status()["unreported"] == 1, "the failure is held")
+        node.take(unit(3))
+        wait_for(lambda: node.status()["unreported"] == 2, "both are held")
+        node.take(unit(4))
+        self.assertEqual(central.outcome(3), ("succeeded", "x"))
+        self.assertEqual(central.reports(2), [], "no unit releases a failure")
+
+    def test_a_report_is_held_for_a_time_that_starts_with_the_reply(self) -> None:
+        times: dict[str, float] = {}
+        central = self.central()
+
+        def note_time(method: str, path: str, _: Fields) -> None:
+            times.setdefault(path, time.monotonic())
+
+        central.answer = note_time
+        constants = {"SUCCESS_HOLD": 0.6, "FAILURE_HOLD": 0.9}
+        node = self.node(central, constants=constants)
+        units = (
+            (1, "sleeper", 0.9, 1.4),  # not 1.5: it runs longer than its hold
+            (2, "broken", 0.9, DEADLINE),
+            (3, "echo", 0.6, DEADLINE),
+        )
+        for id, action, *_ in units:
+            times[action] = time.monotonic()
+            node.take(unit(id, action, "0.9"))
+        for id, action, earliest, latest in units:
+            with self.subTest(action):
+                central.outcome(id)
+                took = wait_for(lambda: times.get(f"/work/{id}"), "it") - times[action]
+                self.assertTrue(earliest <= took <= latest, took)
+
+    def test_a_death_is_on_disk_before_its_report_is_held(self) -> None:
+        for name, end in (("kill", NodeProcess.kill), ("stop", NodeProcess.stop)):
+            with self.subTest(name):
+                central = self.central()
+                node = self.node(
+                    central, constants={"FAILURE_HOLD": 60, "HOLD_LIMIT": 60}
+                )
+                pid = node.take(unit(1, "sleeper", "60"))
+                os.kill(pid, signal.SIGABRT)
+                wait_for(lambda: node.status()["unreported"] == 1, "it is held")
+                central.fail(500, "/node/", "DELETE")  # so that a stop releases nothing
+                end(node)
+                central.recover()
+                node.constants.update(FAILURE_HOLD=0.01)
+                node.start()
+                self.assertIn("killed by SIGABRT", central.outcome(1)[1])
+
+    def test_the_dialect_seed_has_no_hold_and_no_look_at_the_status(self) -> None:
+        constants = {"SUCCESS_HOLD": 60, "FAILURE_HOLD": 60, "HOLD_LIMIT": 60}
+        central = self.central(seed=True)
+        node = self.node(central, dialect="seed", constants=constants)
+        self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        self.assertEqual(node.do(unit(2, "broken"))[0], "failed")
+        node.settled()
+        self.assertEqual(central.looks, [])
+
+    def test_the_hold_doubles_up_to_its_limit_and_halves_again(self) -> None:
+        # A test of the class alone, whose names are the program's own affair.
+        hold = crowdnode.ReportHold(unittest.mock.Mock(), unittest.mock.Mock())
+        self.assertEqual(hold.factor, 1)
+        hold.found()
+        self.assertEqual(hold.factor, 2)
+        for _ in range(20):
+            hold.found()
+        most = crowdnode.HOLD_LIMIT / crowdnode.SUCCESS_HOLD
+        self.assertTrue(2 < hold.factor <= most, hold.factor)
+        highest, now = hold.factor, time.monotonic()
+        hold.relax(now + crowdnode.HOLD_MEMORY - 60)
+        self.assertEqual(hold.factor, highest)
+        now += crowdnode.HOLD_MEMORY + 1
+        hold.relax(now)
+        self.assertEqual(hold.factor, highest / 2)
+        hold.relax(now + 60)
+        self.assertEqual(hold.factor, highest / 2, "once in that time")
+        for _ in range(20):
+            now += crowdnode.HOLD_MEMORY + 1
+            hold.relax(now)
+        self.assertEqual(hold.factor, 1)
+
+    def test_a_found_pid_doubles_the_hold(self) -> None:
+        constants = {**HASTY, "FAILURE_HOLD": 0.25}
+        node = self.node(constants=constants)
+        central = node.central
+        central.listed = lambda: stuck(central, 1)
+        node.take(unit(1))
+        wait_for(lambda: len(central.reports(1)) == 2, "it is reported again")
+        node.settled()
+        sent = time.monotonic()
+        node.do(unit(2, "broken"))
+        self.assertGreaterEqual(time.monotonic() - sent, 0.5)
+
+
+class Refused(CrowdTest):
+    """Outcomes that central cannot take."""
+
+    def test_an_output_that_is_nested_too_deeply_fails_its_unit(self) -> None:
+        node = self.node(constants=HASTY)
+        failure = (
+            "failed",
+            "the output is nested more than 99 deep, which central's Ruby can't parse",
+        )
+        for id, text in enumerate(
+            ("[" * 99 + "]" * 99, '[{"a":' * 49 + "[]" + "}]" * 49)
+        ):
+            self.assertEqual(
+                node.do(unit(id, "echo", text)), ("succeeded", json.loads(text))
+            )
+        for id, text in enumerate(
+            (
+                "[" * 100 + "]" * 100,
+                '{"a":' * 100 + "1" + "}" * 100,
+                "[1, " + "[" * 99 + "]" * 99 + ", [2]]",
+            ),
+            10,
+        ):
+            status, message = node.do(unit(id, "echo", text))
+            self.assertEqual((status, message[: len(failure[1])]), failure)
+        for id, text in enumerate(
+            ('\\"[' * 200, str([[]] * 200), "x" + "[{" * 200), 20
+        ):
+            self.assertEqual(node.do(unit(id, "echo", text))[0], "succeeded", text)
+
+    def test_a_report_that_is_too_much_for_central_is_given_up(self) -> None:
+        central = self.central()
+
+        def answer(method: str, path: str, fields: Fields) -> int | None:
+            too_much = path == "/work/1" and fields["status"] == "succeeded"
+            return 500 if too_much else None
+
+        central.answer = answer
+        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.1}
+        node = self.node(central, constants=constants)
+        text = "\u20ac" * 5000
+        node.take(unit(1, "echo", text))
+        wait_for(lambda: len(central.reports(1)) > 5, "no other report has been taken")
+        self.assertNotIn("failed", [report["status"] for report in central.reports(1)])
+        others = iter(range(2, 1000))
+        wait_for(
+            lambda: (
+                central.reports(1)[-1]["status"] == "failed"
+                or not node.do(unit(next(others)))
+            ),
+            "it is given up",
+        )
+        first, last = central.reports(1)[0], central.reports(1)[-1]
+        self.assertEqual(json.loads(first["output"]), {"output": text})
+        message = json.loads(last["output"])["output"]
+        self.assertIn("RACK_QUERY_PARSER_BYTESIZE_LIMIT", message)
+        sizes = [int(number) for number in re.findall(r"\d+", message.replace(",", ""))]
+        form = len(urllib.parse.urlencode(first))
+        output = len(urllib.parse.quote_plus(first["output"]))
+        self.assertTrue(any(output <= size <= form for size in sizes), message)
+        self.assertEqual({**first, **last}, last, "the same fields")
+        node.settled()
+        self.assertEqual(central.reports(1)[-1], last)
+        self.assertEqual(central.reports(1).count(last), 1)
+
+
 class Orphans(CrowdTest):
     """Workers whose fork server, or node, has gone."""
 
@@ -3728,6 +4320,7 @@ class Upgrade(CrowdTest):
             ('__version__ = "1.0.0"', f'__version__ = "{version}"'),
             ("MONITOR_INTERVAL = 3 ", "MONITOR_INTERVAL = 0.1 "),
             ("RETRY_WAIT = 5 ", "RETRY_WAIT = 0.2 "),
+            ("STATUS_INTERVAL = 5 ", "STATUS_INTERVAL = 0.1 "),
             ('if __name__ == "__main__":', f'{more}\nif __name__ == "__main__":'),
         ):
             assert text.count(old) == 1, old
@@ -4366,11 +4959,19 @@ class CommandLine(CrowdTest):
         self.assertIn("  def process\n  end\n", text)
         self.assertNotIn("merge", text)
         self.assertIn(os.path.join(place, "word_count.rb"), done.stdout.split())
-        with open(os.path.join(place, "word_count.rb"), "w") as file:
-            file.write("class WordCount\nend\n")
-        done = self.job(*options, "--stubs", place)
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("word_count.rb: is not of --stubs; left alone", done.stderr)
+        for name, status, said in (
+            ("word_count", 0, ""),  # of crowd install
+            ("my_pdfs", 1, "my_pdfs.rb: is not of --stubs; left alone"),
+        ):
+            path = os.path.join(place, f"{name}.rb")
+            with open(path, "w") as file:
+                file.write("class Other\nend\n")
+            done = self.job(*options, "--stubs", place)
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertIn(said, done.stderr)
+            self.assertNotIn("word_count", done.stderr)
+            with open(path) as file:
+                self.assertEqual(file.read(), "class Other\nend\n")
         for place, status, said in (
             ("", 2, "--stubs: DIR is empty"),
             ("/dev/null/x", 1, "--stubs: can't write /dev/null/x"),
@@ -4378,6 +4979,22 @@ class CommandLine(CrowdTest):
             done = self.job("--stubs", place)
             self.assertEqual(done.returncode, status)
             self.assertIn(said, done.stderr)
+
+    def test_an_action_with_the_name_of_a_ruby_class_is_rejected(self) -> None:
+        names = ("date", "digest", "work_unit")
+        node = self.prepared(actions={f"{name}.py": ECHO for name in names})
+        directory = os.path.join(self.directory(), "actions")
+        stubs = node.run("--stubs", directory)
+        check = node.run("--check")
+        self.assertEqual((stubs.returncode, check.returncode), (1, 1))
+        written = os.listdir(directory) if os.path.exists(directory) else []
+        for name in names:
+            self.assertNotIn(f"{name}.rb", written)
+            self.assertRegex(
+                stubs.stderr, rf"(?m)^(.*\W)?{name}: .*is a class of Ruby's own"
+            )
+            self.assertRegex(check.stdout, rf"(?m)^error: action {name}\b")
+        self.assertNotIn("error: action word_count", check.stdout)
 
     def test_help_names_every_command_and_option_within_80_columns(self) -> None:
         done = run_program("--version")
@@ -4596,7 +5213,15 @@ def run_all() -> int:
         if isinstance(value, type) and issubclass(value, unittest.TestCase)
     ]
     classes.sort(key=lambda cls: -len(loader.getTestCaseNames(cls)))
-    long = (SystemCalls, Upgrade, CommandLine, RunEnds, BuiltIn)
+    long = (
+        SystemCalls,
+        MoreSystemCalls,
+        LateCommits,
+        Upgrade,
+        CommandLine,
+        RunEnds,
+        BuiltIn,
+    )
     classes.sort(key=lambda cls: cls not in long)  # these first
     names = [cls.__name__ for cls in classes if loader.getTestCaseNames(cls)]
     total = [0, 0, 0]
