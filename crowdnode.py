@@ -292,12 +292,19 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 own_children: set[int] = set()  # pids of subprocesses that some thread waits for
 
 
+c_library: list[Any] = []  # once it is loaded; workers inherit it
+
+
 def call_c(name: str, *arguments: int) -> None:
     """Call a function of the C library that Python lacks; do nothing without it."""
-    with contextlib.suppress(ImportError, AttributeError):
-        import ctypes
+    try:
+        if not c_library:
+            import ctypes
 
-        getattr(ctypes.pythonapi, name)(*arguments)
+            c_library.append(ctypes.pythonapi)
+        getattr(c_library[0], name)(*arguments)
+    except (ImportError, AttributeError):
+        pass
 
 
 def become_subreaper() -> None:
@@ -452,7 +459,6 @@ BOOLEAN: Kind = (
 )
 SIZE = number(1, 1_000_000, " (MB)")
 SECONDS = number(0.1, 10_000_000, " (seconds)")
-NICENESS = number(0, 19, kind=int)
 ASCII = matching(r"[!-~]*", "ASCII without blanks")
 HOST = matching(
     r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})|\[[0-9A-Fa-f:.]+\]",
@@ -501,10 +507,10 @@ NODE_KEYS: dict[str, tuple[str, Kind]] = {
     "actions_path": ("actions", TEXT),
     "disable_default_actions": ("no", BOOLEAN),
     "disabled_actions": ("", WORDS),
-    "time_limit": ("", SECONDS),  # these four: see Config.limit
+    "time_limit": ("", SECONDS),
     "memory_limit": ("", SIZE),
     "file_limit": ("", SIZE),
-    "nice": ("5", NICENESS),
+    "nice": ("5", number(0, 19, kind=int)),
     "work_unit_retries": ("3", number(1, 1000, kind=int)),
     "state_path": ("~/.crowdnode", TEXT),
     "temp_storage_path": ("", TEXT),
@@ -517,13 +523,11 @@ NODE_KEYS: dict[str, tuple[str, Kind]] = {
     "s3_region": ("us-east-1", ASCII),
     "s3_endpoint": ("", WEB_ADDRESS),
 }
+LIMITS = ("time_limit", "memory_limit", "file_limit", "nice")  # see Config.limit
 # The keys of a section [action NAME].
 ACTION_KEYS: dict[str, tuple[str, Kind]] = {
     "stages": ("", ("process, and may add split and merge", stage_names)),
-    "time_limit": ("", SECONDS),
-    "memory_limit": ("", SIZE),
-    "file_limit": ("", SIZE),
-    "nice": ("", NICENESS),
+    **{name: ("", NODE_KEYS[name][1]) for name in LIMITS},
 }
 SECRETS = ("password", "aws_secret_key")  # keys that others should not read
 FIXED_KEYS = ("state_path", "temp_storage_path", "host", "port", "bind")  # till restart
@@ -1042,8 +1046,6 @@ def web_opener(*handlers: Any) -> urllib.request.OpenerDirector:
 
 
 STORES: dict[str, type[AssetStore]] = {"filesystem": FilesystemStore, "s3": S3Store}
-
-
 # ---------------------------------------------------------------------------
 # Actions: what is done with an input; where they come from.
 # ---------------------------------------------------------------------------
@@ -1067,9 +1069,9 @@ class Action:
     """The base class of actions.
 
     A subclass defines process(), and split() and merge() where its jobs have these
-    stages.  Each returns a value that JSON can hold; split() returns a list, each element
-    of which becomes an input of process(); merge() finds the list of all outputs in
-    input.  An exception fails the unit, with its text as the reason.
+    stages.  Each returns what JSON can hold; split() a list, whose elements become
+    inputs of process(); merge() finds the list of all outputs in input.  An exception
+    fails the unit, with its text as the reason.
 
     input           str, or the parsed JSON where the input is an object or a list
     input_path      path of the downloaded file, where the input is a URL; else None
@@ -1098,10 +1100,6 @@ class Action:
             self.file_name = os.path.splitext(name)[0]
             self.input_path = self.download(input, name)
 
-    def process(self) -> Any:
-        """Turn the input into an output.  Every action overrides this."""
-        raise ActionFailed(f"the action {self._name} does not define process")
-
     def download(self, url: str, path: str) -> str:
         """Download *url* to *path*, relative to the work directory.
 
@@ -1121,10 +1119,10 @@ class Action:
 
     def save(self, path: str) -> str:
         """Store the file at *path* for good, and return its URL.  Raises OSError."""
-        prefix = f"{self._name}/job_{self.options['job_id']}"
-        unit = f"unit_{self.options['work_unit_id']}"
+        job, unit = self.options["job_id"], self.options["work_unit_id"]
         path = os.path.join(self.work_directory, path)
-        return self._store.save(path, f"{prefix}/{unit}/{os.path.basename(path)}")
+        name = f"{self._name}/job_{job}/unit_{unit}/{os.path.basename(path)}"
+        return self._store.save(path, name)
 
 
 def download_from_web(url: str, path: str) -> None:
@@ -1139,16 +1137,13 @@ def download_from_web(url: str, path: str) -> None:
     try:
         with web_opener().open(request, timeout=TRANSFER_TIMEOUT) as reply:
             encoding = (reply.headers.get("Content-Encoding") or "").lower()
-            inflate = (
-                zlib.decompressobj(47) if encoding in ("gzip", "deflate") else None
-            )
-            length = reply.headers.get("Content-Length")
-            received = 0
-            with open(path, "wb", buffering=0) as file:
+            is_packed = encoding in ("gzip", "deflate")
+            inflate = zlib.decompressobj(47) if is_packed else None
+            length, received = reply.headers["Content-Length"], 0
+            with open(path, "wb") as file:
                 for piece in iter(lambda: reply.read(MEGABYTE), b""):
                     received += len(piece)
-                    plain = inflate.decompress(piece) if inflate else piece
-                    write_all(file.fileno(), plain)
+                    file.write(inflate.decompress(piece) if inflate else piece)
     except (http.client.HTTPException, zlib.error) as error:
         raise OSError(f"{type(error).__name__}: {error}") from None
     if length is not None and received != int(length):
@@ -1163,8 +1158,8 @@ ENVIRONMENT_LIMIT = 100_000  # bytes of a variable; Linux's execve takes 128 KB
 class ExecutableAction(Action):
     """An action in any language: a program, started with the stage as its argument.
 
-    It gets JSON on standard input, and the same in its environment; standard output is
-    the result, JSON or plain text."""
+    It gets JSON on standard input, and the same in its environment; what it prints on
+    standard output, JSON or plain text, is the result."""
 
     path = ""
 
@@ -1182,15 +1177,15 @@ class ExecutableAction(Action):
                 environment[f"CROWDNODE_{name.upper()}"] = text
         try:
             stdin, stdout = self._unnamed_file(), self._unnamed_file()
-            write_all(stdin, json.dumps(request).encode())
-            os.lseek(stdin, 0, os.SEEK_SET)
+            stdin.write(json.dumps(request).encode())
+            stdin.seek(0)
         except OSError as error:
             raise ActionFailed(f"can't start {self.path}: {error.strerror}") from None
-        run_program([self.path, stage], [(0, stdin), (1, stdout)], environment)
-        os.lseek(stdout, 0, os.SEEK_SET)
+        files = [(0, stdin.fileno()), (1, stdout.fileno())]
+        run_program([self.path, stage], files, environment)
+        stdout.seek(0)
         try:
-            with open(stdout, "rb") as file:
-                output = file.read().decode()
+            output = stdout.read().decode()
         except (OSError, UnicodeDecodeError) as error:
             what = "is not UTF-8" if isinstance(error, ValueError) else "can't be read"
             raise ActionFailed(f"standard output {what}: {error}") from None
@@ -1199,11 +1194,11 @@ class ExecutableAction(Action):
         except ValueError:
             return output.rstrip("\n")
 
-    def _unnamed_file(self) -> int:
-        name = os.path.join(self.work_directory, ".crowdnode")
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.unlink(name)
-        return descriptor
+    def _unnamed_file(self) -> Any:
+        path = os.path.join(self.work_directory, ".crowdnode")
+        file = open(path, "x+b")  # noqa: SIM115
+        os.unlink(path)
+        return file
 
 
 def run_program(
@@ -1217,26 +1212,19 @@ def run_program(
     lines that it printed.  Not by subprocess, whose import costs a worker 5 ms."""
     printed = os.lseek(2, 0, os.SEEK_END)
     actions = [(os.POSIX_SPAWN_DUP2, ours, its) for its, ours in descriptors]
-    signals = [
-        signal.SIGPIPE,
-        signal.SIGXFSZ,
-    ]  # Python ignores them; a program should not
-    env = os.environ if environment is None else environment
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python; a program should not
+    more: Json = {"file_actions": actions, "setsigdef": ignored}
     try:
-        pid = os.posix_spawn(
-            command[0], command, env, file_actions=actions, setsigdef=signals
-        )
+        pid = os.posix_spawn(command[0], command, environment or os.environ, **more)
         status = os.waitpid(pid, 0)[1]
     except OSError as error:
-        hint = " (it needs a first line such as #!/bin/sh)"
-        hint = hint if error.errno == errno.ENOEXEC else ""
-        reason = f"can't start {command[0]}: {error.strerror}{hint}"
+        reason = f"can't start {command[0]}: {error.strerror}"
+        if error.errno == errno.ENOEXEC:
+            reason += " (it needs a first line such as #!/bin/sh)"
         raise ActionFailed(reason) from None
     if status:
-        size = os.fstat(2).st_size
-        start = max(
-            min(printed, size), size - MESSAGE_TAIL
-        )  # it may have been cut back
+        size = os.fstat(2).st_size  # the file may have been cut back
+        start = max(min(printed, size), size - MESSAGE_TAIL)
         errors = os.pread(2, MESSAGE_TAIL, start).decode("utf-8", "replace").strip()
         name = os.path.basename(command[0])
         raise ActionFailed(f"{errors or name} ({describe_exit(status)})")
@@ -1251,35 +1239,32 @@ def program_path(name: str) -> str | None:
     return None
 
 
+EXIT_HINTS = {
+    "SIGKILL": "; perhaps the machine is out of memory",
+    "SIGXFSZ": "; it wrote more than file_limit",
+}
+
+
 def describe_exit(wait_status: int) -> str:
     """Return how a process ended, from the status of waitpid."""
     if not os.WIFSIGNALED(wait_status):
         return f"exit status {os.WEXITSTATUS(wait_status)}"
-    hint, name = "", signal_name(os.WTERMSIG(wait_status))
-    if name == "SIGKILL":
-        hint = "; perhaps the machine is out of memory"
-    elif name == "SIGXFSZ":
-        hint = "; it wrote more than file_limit"
-    return f"killed by {name}{hint}"
+    name = signal_name(os.WTERMSIG(wait_status))
+    return f"killed by {name}{EXIT_HINTS.get(name, '')}"
 
 
 def executable_action(name: str, path: str, stages: list[str]) -> type[Action]:
     """Return a subclass of ExecutableAction for the program at *path*."""
-
-    def method(stage: str) -> Callable[[ExecutableAction], Any]:
-        return lambda action: action.execute(stage)
-
-    members: Json = {stage: method(stage) for stage in stages}
-    return type(name, (ExecutableAction,), {**members, "path": path})
+    members: Json = {"path": path}
+    for stage in stages:
+        members[stage] = lambda action, stage=stage: action.execute(stage)
+    return type(name, (ExecutableAction,), members)
 
 
 def stages_of(action: type[Action]) -> list[str]:
     """Return the stages that *action* defines, in the order of a job."""
-    return [
-        stage
-        for stage in ("split", "process", "merge")
-        if getattr(action, stage, None) not in (None, Action.process)
-    ]
+    stages = ("split", "process", "merge")
+    return [stage for stage in stages if getattr(action, stage, None)]
 
 
 class ActionLoader:
@@ -1297,11 +1282,12 @@ class ActionLoader:
 
         Returns none where actions_path can't be read: a node with the built-in actions
         alone is not what was configured."""
+        config = self.config
         # A module says "from crowdnode import Action", though this may be __main__.
         sys.modules.setdefault("crowdnode", sys.modules[__name__])
-        # At the end: an action called email.py must not hide Python's own module.  A
-        # child that multiprocessing spawns finds both modules by sys.path.
-        sys.path += [self.config.actions_path, os.path.dirname(PROGRAM)]
+        # At the end: an action email.py must not hide Python's module.  A child that
+        # multiprocessing spawns finds both modules by sys.path.
+        sys.path += [config.actions_path, os.path.dirname(PROGRAM)]
         actions: dict[str, type[Action]] = {}
         origin: dict[str, str] = {}
         try:
@@ -1312,37 +1298,26 @@ class ActionLoader:
         for path in paths:
             name = os.path.splitext(os.path.basename(path))[0]
             try:
-                if not ACTION_NAME.fullmatch(name):
-                    raise ActionFailed(
-                        "its name must be letters, digits and _, and begin with a letter"
-                    )
                 if name in origin:
                     raise ActionFailed(f"{origin[name]} has the same name; rename one")
-                actions[name] = self._load(name, path)
-                origin[name] = path
+                actions[name], origin[name] = self._load(name, path), path
             except ActionFailed as error:
                 self._add("error", f"{path} is left out: {error}")
             except (Exception, SystemExit) as error:
                 reason = f"{type(error).__name__}: {error}{frames_in(error, path)}"
                 self._add("error", f"{path} is left out: {reason}")
-        disabled = self.config.disabled_actions
-        for name, action in self.built_in.items():
+        built_in = {} if config.disable_default_actions else self.built_in
+        for name, action in built_in.items():
             missing = [need for need in action.needs if not program_path(need)]
-            if (
-                name in actions
-                or name in disabled
-                or self.config.disable_default_actions
-            ):
-                continue
-            if missing:
+            if missing and name not in (*actions, *config.disabled_actions):
                 sentence = f"the action {name} is left out: not installed"
                 self._add("info", f"{sentence}: {', '.join(missing)}")
-            else:
-                actions[name] = action
-        for name in disabled:
+            elif not missing:
+                actions.setdefault(name, action)
+        for name in config.disabled_actions:
             if actions.pop(name, None) is None and name not in self.built_in:
                 self._add("warning", f"disabled_actions: there is no action {name}")
-        for name in set(self.config.actions) - set(actions):
+        for name in set(config.actions) - set(actions):
             self._add("warning", f"[action {name}]: there is no action {name}")
         for name, action in actions.items():
             action._name = name
@@ -1363,48 +1338,43 @@ class ActionLoader:
                 continue
             with open(path, "rb") as file:
                 if file.read(2) == b"#!":
-                    sentence = f"{path} is left out: not executable (chmod +x)"
-                    self._add("warning", sentence)
+                    self._add(
+                        "warning", f"{path} is left out: not executable (chmod +x)"
+                    )
         return found
 
     def _load(self, name: str, path: str) -> type[Action]:
+        """Load an action.  It may raise anything."""
+        if not ACTION_NAME.fullmatch(name):
+            wanted = "letters, digits and _, and begin with a letter"
+            raise ActionFailed(f"its name must be {wanted}")
         if not path.endswith(".py"):
-            section = self.config.actions.get(name, {})
-            return executable_action(name, path, section.get("stages") or ["process"])
+            stages = self.config.actions.get(name, {}).get("stages")
+            return executable_action(name, path, stages or ["process"])
         import importlib.util
 
-        # Under its own name, by which a child that is spawned can import it, unless
-        # that is the name of a module of Python's.
-        module_name = name
+        module_name = name  # by which a child that is spawned can import it
         with contextlib.suppress(ValueError):
             known = importlib.util.find_spec(name)
-            if known and known.origin != path:
+            if known and known.origin != path:  # a module of Python's
                 module_name = f"crowdnode_action_{name}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec and spec.loader  # it ends in .py
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
+        module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
         before = running_threads()
         try:
             spec.loader.exec_module(module)
         finally:
             for thread in sorted(running_threads() - before):
-                self._add(
-                    "warning",
-                    f"{path} starts the thread {thread} when it is imported: it does not "
-                    "run in workers, and a lock that it holds then stays locked there; "
-                    "start it in process()",
-                )
-        base = sys.modules["crowdnode"].Action
-        found = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, base)
-        ]
-        found = [value for value in found if value.__module__ == module_name]
+                hint = "workers do not have it: start it in process()"
+                what = f"{path} starts the thread {thread} when it is imported"
+                self._add("warning", f"{what}; {hint}")
+        base, values = sys.modules["crowdnode"].Action, vars(module).values()
+        found = [v for v in values if isinstance(v, type) and issubclass(v, base)]
+        found = [action for action in found if action.__module__ == module_name]
         if len(found) != 1:
-            sentence = f"it must define one subclass of Action, not {len(found)}"
-            raise ImportError(sentence)
+            number = len(found)
+            raise ImportError(f"it must define one subclass of Action, not {number}")
         if "process" not in stages_of(found[0]):
             raise ImportError(f"its class {found[0].__name__} must define process")
         return found[0]
@@ -1413,26 +1383,24 @@ class ActionLoader:
 def running_threads() -> set[str]:
     """Return the names of this process's threads but the first."""
     threading = sys.modules.get("threading")
-    if threading is None:
+    if not threading:
         return set()
-    first = threading.main_thread()
-    return {thread.name for thread in threading.enumerate() if thread is not first}
+    return {thread.name for thread in threading.enumerate()} - {"MainThread"}
 
 
 FRAMES_SHOWN = 10  # of a traceback, in a failure's message
 
 
 def frames_in(error: BaseException, path: str) -> str:
-    """Return the frames of *error* that are in the directory of the action at *path*,
-    from the outermost call to the innermost."""
+    """Return the frames of *error*, outermost first, in the directory of *path*."""
     frames, traceback = [], error.__traceback__
     while traceback:
         code = traceback.tb_frame.f_code
         directory, name = os.path.split(code.co_filename)
-        if directory == os.path.dirname(path):
+        if path and directory == os.path.dirname(path):
             frames.append(f"{name}, line {traceback.tb_lineno}, in {code.co_name}")
         traceback = traceback.tb_next
-    return f" ({'; '.join(frames[-FRAMES_SHOWN:])})" if frames and path else ""
+    return f" ({'; '.join(frames[-FRAMES_SHOWN:])})" if frames else ""
 
 
 # ---------------------------------------------------------------------------
@@ -1460,13 +1428,15 @@ class WordCount(Action):
         return sum(self.input)
 
 
+WORD = re.compile(r"[\w-]+")
+
+
 class ProgramAction(Action):
     """The base of the built-in actions that run programs."""
 
     def program(self, name: str, *arguments: str, options: Any = "") -> None:
-        """Run a program in the work directory.  *options*, from the job, go after the
-        first argument; they are split as a shell splits words, without a shell.
-        Raises ActionFailed."""
+        """Run a program, with *options* (split as a shell does, without a shell) after
+        the first argument.  Raises ActionFailed."""
         import shlex
 
         path = program_path(name)
@@ -1476,32 +1446,29 @@ class ProgramAction(Action):
             words = shlex.split(options or "")
         except (ValueError, AttributeError) as error:
             raise ActionFailed(f"options {options!r}: {error}") from None
-        head, *rest = arguments
-        run_program([path, head, *words, *rest])
+        run_program([path, arguments[0], *words, *arguments[1:]])
 
     def listed(self, key: str, *keys: str) -> list[Json]:
-        """Return the job's option *key*: a list of objects with *keys*.  Each value is a
-        word, since it becomes part of a file's name.  Raises ActionFailed."""
+        """Return the job's option *key*: a list of objects with *keys*, whose values
+        are words, since they become parts of files' names.  Raises ActionFailed."""
         items = self.options.get(key, [])
         if not isinstance(items, list):
             raise ActionFailed(f"the option {key} is not a list")
         for item in items:
-            for name in keys:
-                value = item.get(name) if isinstance(item, dict) else None
-                if not isinstance(value, str) or not re.fullmatch(r"[\w-]+", value):
-                    raise ActionFailed(
-                        f"the option {key}: each needs {', '.join(keys)}, of letters, "
-                        f"digits, _ and -: {to_json(item)[:200]}"
-                    )
+            fields = item if isinstance(item, dict) else {}
+            values = [fields.get(name) for name in keys]
+            if not all(isinstance(v, str) and WORD.fullmatch(v) for v in values):
+                needed = f"{', '.join(keys)}, of letters, digits, _ and -"
+                found = to_json(item)[:200]
+                raise ActionFailed(f"the option {key}: each needs {needed}: {found}")
         return items
 
 
 class GraphicsMagick(ProgramAction):
     """Apply GraphicsMagick's commands to an image.
 
-    Option steps: a list of objects with name, command (such as convert), options (of
-    the command), extension, and input: the name of an earlier step, instead of the
-    image."""
+    Option steps: a list of objects with name, command (such as convert), its options,
+    extension, and input: the name of an earlier step, instead of the image."""
 
     needs = ("gm",)
 
@@ -1512,20 +1479,16 @@ class GraphicsMagick(ProgramAction):
         made: dict[str | None, str] = {None: self.input_path}
         urls = {}
         for step in self.listed("steps", "name", "command", "extension"):
-            origin = step.get("input")
+            name, origin = step["name"], step.get("input")
             source = made.get(origin if origin is None else str(origin))
             if source is None:
-                raise ActionFailed(
-                    f"the step {step['name']}: its input {step['input']} is not "
-                    "an earlier step"
-                )
-            path = f"{self.file_name}_{step['name']}.{step['extension']}"
-            path = os.path.join(self.work_directory, path)
-            self.program(
-                "gm", step["command"], source, path, options=step.get("options")
-            )
-            made[step["name"]] = path
-            urls[step["name"]] = self.save(path)
+                wrong = f"its input {origin} is not an earlier step"
+                raise ActionFailed(f"the step {name}: {wrong}")
+            file = f"{self.file_name}_{name}.{step['extension']}"
+            path = made[name] = os.path.join(self.work_directory, file)
+            options = step.get("options")
+            self.program("gm", step["command"], source, path, options=options)
+            urls[name] = self.save(path)
         return urls
 
 
@@ -1545,82 +1508,65 @@ class ProcessPdfs(ProgramAction):
         if not self.input_path:
             raise ActionFailed("the input is not the URL of a PDF")
         self.program("pdftk", self.input_path, "burst", "output", "%05d.part")
-        parts = sorted(name for name in os.listdir() if name.endswith(".part"))
-        pages = [f"{self.file_name}_{part[:-5]}.pdf" for part in parts]
-        for part, page in zip(parts, pages):
-            # Again: pdftk burst leaves the references of the whole PDF in each page.
-            self.program("pdftk", part, "output", f"./{page}")
+        pages = []
+        for part in sorted(name for name in os.listdir() if name.endswith(".part")):
+            pages.append(f"{self.file_name}_{part[:-5]}.pdf")
+            # Again: pdftk burst leaves the whole PDF's references in each page.
+            self.program("pdftk", part, "output", f"./{pages[-1]}")
             os.unlink(part)
-        batches = []
-        for start in range(0, len(pages), size):
-            name = f"{start // size:05d}.tar"
-            pack(name, pages[start : start + size])
-            batches.append(self.save(name))
-        return batches
+        batches = [pages[start : start + size] for start in range(0, len(pages), size)]
+        return [self._pack(f"{n:05d}.tar", batch) for n, batch in enumerate(batches)]
 
     def process(self) -> str:
         """Return the URL of an archive of a batch's images and text."""
         images = self.listed("images", "name", "extension")
         for image in images:
             if re.search(r"(^|_)\d{5,}(_|$)", image["name"]):
-                raise ActionFailed(
-                    f"the image name {image['name']} looks like a page's"
-                )
-        archive = self.input_path or ""
-        pages = unpack(archive)
-        os.unlink(archive)
-        for page in (
-            f"./{page}" for page in pages
-        ):  # else a name may look like an option
+                wrong = f"the image name {image['name']} looks like a page's"
+                raise ActionFailed(wrong)
+        for page in unpack(self.input_path or ""):
+            page = f"./{page}"  # else a name may look like an option
             name = page[: -len(".pdf")]
             for image in images:
                 picture = f"{name}_{image['name']}.{image['extension']}"
-                options = image.get("options")
-                self.program("gm", "convert", page, picture, options=options)
-            text = f"{name}.txt"
-            self.program("pdftotext", "-enc", "UTF-8", "-layout", "-q", page, text)
+                wanted = image.get("options")
+                self.program("gm", "convert", page, picture, options=wanted)
+            options = ("-enc", "UTF-8", "-layout", "-q")
+            self.program("pdftotext", *options, page, f"{name}.txt")
             os.unlink(page)
-        path = f"{self.file_name}.tar"
-        pack(path, sorted(os.listdir()))
-        return self.save(path)
+        return self._pack(f"{self.file_name}.tar", sorted(os.listdir()))
 
     def merge(self) -> str:
         """Return the URL of an archive with NAME/text/pages, NAME/text/full and
         NAME/images/IMAGE for each PDF."""
         for place, url in enumerate(self.input):
-            archive = self.download(url, f"{place}.tar")
-            unpack(archive)
-            os.unlink(archive)
+            unpack(self.download(url, f"{place}.tar"))
         for name in sorted(os.listdir()):  # in the order of pages
             pdf, number, image, extension = re.fullmatch(
                 r"(.*)_(\d{5,})(?:_([\w-]+))?(\.[\w-]+)", name
             ).groups()  # type: ignore[union-attr]
             if image:
-                directory = os.path.join(pdf, "images", image)
-                os.makedirs(directory, exist_ok=True)
-                os.rename(name, os.path.join(directory, f"{pdf}_{number}{extension}"))
+                os.renames(name, f"{pdf}/images/{image}/{pdf}_{number}{extension}")
                 continue
-            for kind in ("pages", "full"):
-                os.makedirs(os.path.join(pdf, "text", kind), exist_ok=True)
-            with open(os.path.join(pdf, "text", "full", f"{pdf}.txt"), "ab") as file:
+            os.makedirs(f"{pdf}/text/full", exist_ok=True)
+            with open(f"{pdf}/text/full/{pdf}.txt", "ab") as file:
                 file.write(read_file(name))
-            os.rename(name, os.path.join(pdf, "text", "pages", name))
-        pack("processed_pdfs.tar", sorted(os.listdir()))
-        return self.save("processed_pdfs.tar")
+            os.renames(name, f"{pdf}/text/pages/{name}")
+        return self._pack("processed_pdfs.tar", sorted(os.listdir()))
 
+    def _pack(self, path: str, names: list[str]) -> str:
+        """Save an archive of *names*, compressed although it is called .tar, as
+        CloudCrowd does; return its URL."""
+        import tarfile
 
-def pack(path: str, names: list[str]) -> None:
-    """Write an archive of files and directories, compressed although it is called .tar,
-    as CloudCrowd does."""
-    import tarfile
-
-    with tarfile.open(path, "w:gz") as archive:
-        for name in names:
-            archive.add(name)
+        with tarfile.open(path, "w:gz") as archive:
+            for name in names:
+                archive.add(name)
+        return self.save(path)
 
 
 def unpack(path: str) -> list[str]:
-    """Extract an archive's files into the current directory and return their names.
+    """Extract an archive's files here, and remove it; return their names.
 
     It may come from anywhere: only regular files, by their base names."""
     import shutil
@@ -1631,11 +1577,13 @@ def unpack(path: str) -> list[str]:
         for member in archive:
             source = archive.extractfile(member) if member.isfile() else None
             if source:
-                names.append(os.path.basename(member.name))
-                if os.path.exists(names[-1]):
-                    raise ActionFailed(f"two inputs have the same name: {names[-1]}")
-                with open(names[-1], "wb") as target:
+                name = os.path.basename(member.name)
+                if os.path.exists(name):
+                    raise ActionFailed(f"two inputs have the same name: {name}")
+                with open(name, "wb") as target:
                     shutil.copyfileobj(source, target, READ_SIZE)
+                names.append(name)
+    os.unlink(path)
     return names
 
 
@@ -1644,8 +1592,6 @@ BUILT_IN_ACTIONS: dict[str, type[Action]] = {
     "graphics_magick": GraphicsMagick,
     "process_pdfs": ProcessPdfs,
 }
-
-
 # ---------------------------------------------------------------------------
 # Worker: one process for one unit.  It leaves the outcome in the record and exits.
 # ---------------------------------------------------------------------------
@@ -1654,26 +1600,34 @@ TRASH = ".trash"  # in temp_storage_path: directories that the node removes
 TOO_LARGE = "crowdnode_too_large"  # a unit's key: it was over max_request_size
 
 
-class Limits:
-    """What the workers of an action may use: niceness, seconds and MB (None: no limit),
-    and (resource, bytes) for setrlimit."""
+class WorkerSettings:
+    """What the workers of one action share; *action* is None where there is none.
 
-    def __init__(self, config: Config, action: str) -> None:
-        self.nice: int = config.limit(action, "nice")
-        self.time: float | None = config.limit(action, "time_limit")
-        self.memory: float | None = config.limit(action, "memory_limit")
-        limits = {"RLIMIT_DATA": self.memory, "RLIMIT_FSIZE": None}
-        limits["RLIMIT_FSIZE"] = config.limit(action, "file_limit")
-        self.resources: list[tuple[int, int]] = []
-        for name, limit in limits.items():
-            if limit:
-                import resource  # for the workers, too
+    nice, time, memory: niceness, seconds and MB (None: no limit)."""
 
-                self.resources.append((getattr(resource, name), int(limit * MEGABYTE)))
+    def __init__(
+        self, name: str, action: type[Action] | None, config: Config, store: AssetStore
+    ) -> None:
+        self.action = action
+        self.config = config
+        self.store = store
+        self.nice: int = config.limit(name, "nice")
+        self.time: float | None = config.limit(name, "time_limit")
+        self.memory: float | None = config.limit(name, "memory_limit")
+        self.limits: list[tuple[int, int]] = []  # resource and bytes, for setrlimit
+        file_limit = config.limit(name, "file_limit")
+        if self.memory or file_limit:
+            import resource  # for the workers, too
 
-    def apply(self, lift: bool = False) -> None:
+            pairs = (
+                (resource.RLIMIT_DATA, self.memory),
+                (resource.RLIMIT_FSIZE, file_limit),
+            )
+            self.limits = [(name, int(size * MEGABYTE)) for name, size in pairs if size]
+
+    def set_limits(self, lift: bool = False) -> None:
         """Restrict this process by soft limits, or *lift* them to write the outcome."""
-        for number, limit in self.resources:
+        for number, limit in self.limits:
             import resource
 
             hard = resource.getrlimit(number)[1]
@@ -1684,156 +1638,142 @@ class Limits:
 class Worker:
     """Runs one work unit, in a process of its own.
 
-    Created before the fork.  record, output: descriptors; the record's holds its lock.
-    pid, deadline, timed_out: what the fork server notes."""
+    Created before the fork.  Between fork and action it keeps to plain system calls:
+    each of Python's objects that is touched copies its page.
 
-    def __init__(
-        self,
-        unit: Json,
-        action: type[Action] | None,
-        config: Config,
-        store: AssetStore,
-        limits: Limits,
-    ) -> None:
+    record, output: descriptors; the record's holds its lock."""
+
+    def __init__(self, unit: Json, settings: WorkerSettings, path: str) -> None:
         self.unit = unit
-        self.name: str = unit["action"]
-        self.action = action
-        self.config = config
-        self.store = store
-        self.limits = limits
-        self.path = f"{config.units_path}/{unit['id']}"
-        self.directory = config.work_directory(self.name, unit["id"])
+        self.settings = settings
+        self.path = path  # of the record
         self.record = self.output = -1
-        self.identity: tuple[int, int] = (0, 0)  # of the record: device, inode
-        self.start_time = time.monotonic_ns()
-        self.deadline: float | None = None
-        self.timed_out = False
+        self.began = time.monotonic()
+        self.started = ""  # by boot_clock(), just before the fork
+        self.timed_out = False  # for the fork server
 
-    def create_record(self, head: Json) -> None:
-        """Create the record, and lock it.
+    def create_record(self, head: str) -> None:
+        """Create the record, and lock it; *head* is JSON text.
 
         Raises OSError, FileExistsError where there is a record of that name."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         self.record = os.open(self.path, flags | os.O_EXCL, 0o600)
         fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        state = os.fstat(self.record)
-        self.identity = (state.st_dev, state.st_ino)
-        write_all(self.record, f"{RECORD_MAGIC}{json.dumps(head)}\n".encode())
+        self.state = os.fstat(self.record)  # to know it again
+        write_all(self.record, f"{RECORD_MAGIC}{head}\n".encode())
         self.output = os.open(f"{self.path}.out", flags | os.O_TRUNC, 0o600)
 
-    def close(self) -> None:
-        """Close the descriptors in the fork server; the worker has its own."""
-        for descriptor in (self.record, self.output):
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    def write_pid(self, pid: int, started: float) -> None:
+    def write_pid(self, pid: int) -> None:
         """Write the worker's identity to the record.
 
         Fork server and worker both do: either may be killed before the other has."""
-        write_all(self.record, b"pid %d %.2f\n" % (pid, started))
+        write_all(self.record, f"pid {pid} {self.started}\n".encode())
 
-    def run(self, started: float) -> bool:
+    def run(self) -> bool:
         """Run the unit and write its outcome; return whether it succeeded."""
         try:
             os.setsid()
-            self.write_pid(os.getpid(), started)
+            self.write_pid(os.getpid())
             os.dup2(self.output, 1)
             os.dup2(self.output, 2)
             os.close(self.output)
-            if self.limits.nice:
-                os.nice(self.limits.nice)
-            self.limits.apply()
+            os.nice(self.settings.nice)
+            self.settings.set_limits()
         except OSError as error:
-            reason = f"the worker can't be set up: {error}"
-            self._write_outcome("failed", failure(reason))
+            self._write_outcome(
+                "failed", failure(f"the worker can't be set up: {error}")
+            )
             return False
-        with contextlib.suppress(OSError):  # the first to go when memory runs out
+        try:  # the first to go when memory runs out
             score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(score, b"1000")
             os.close(score)
+        except OSError:
+            pass
         become_subreaper()
-        status, output = self.run_work_unit()
+        status = "succeeded"
+        try:
+            output = self._run_action()
+        except BaseException as error:
+            status, output = "failed", failure(self._explain(error))
+        if self.settings.action:  # else its name may not be a plain one
+            with contextlib.suppress(OSError):  # the node removes what is not empty
+                os.chdir("/")
+                os.rmdir(self._directory())
         with contextlib.suppress(OSError, ValueError):  # the action has closed it
             if self.unit["options"].get("benchmark") is True:
                 user, system, child_user, child_system, _ = os.times()
-                real = (time.monotonic_ns() - self.start_time) / 1e9
+                real = time.monotonic() - self.began
                 user, system = user + child_user, system + child_system
                 print(f"benchmark: {user:.3f} user {system:.3f} system {real:.3f} real")
             sys.stdout.flush()
         self._write_outcome(status, output)
         return status == "succeeded"
 
-    def run_work_unit(self) -> tuple[str, bytes]:
-        """Run the action; return status and output.  Any exception is a failure."""
-        try:
-            if TOO_LARGE in self.unit:
-                raise ActionFailed(self.unit[TOO_LARGE])
-            if self.action is None:
-                raise ActionFailed(f"this node has no action named {self.name}")
-            self._make_work_directory()
-            output = encode_output(self._call(self.action))
-            if len(output) > self.config.max_request_size * MEGABYTE:
-                limit = self.config.max_request_size
-                raise ActionFailed(
-                    f"the output has {len(output) / MEGABYTE:.1f} MB; max_request_size "
-                    f"is {limit:g} MB"
-                )
-            return "succeeded", output
-        except BaseException as error:
-            return "failed", failure(self._explain(error))
-        finally:
-            with contextlib.suppress(OSError):  # the node removes what is not empty
-                os.chdir("/")
-                os.rmdir(self.directory)
+    def _directory(self) -> str:
+        config, unit = self.settings.config, self.unit
+        return f"{config.temp_storage_path}/{unit['action']}/unit_{unit['id']}"
 
-    def _call(self, action: type[Action]) -> Any:
-        stage = STAGES[self.unit["status"]]
+    def _run_action(self) -> bytes:
+        """Return the action's output, as JSON.  What it raises fails the unit."""
+        unit, settings = self.unit, self.settings
+        action, stage = settings.action, STAGES[unit["status"]]
+        if TOO_LARGE in unit:
+            raise ActionFailed(unit[TOO_LARGE])
+        if action is None:
+            raise ActionFailed(f"this node has no action named {unit['action']}")
         if getattr(action, stage, None) is None:
-            raise ActionFailed(f"the action {self.name} does not define {stage}")
+            raise ActionFailed(f"the action {unit['action']} does not define {stage}")
         options = {
-            **self.unit["options"],
-            "job_id": self.unit["job_id"],
-            "work_unit_id": self.unit["id"],
-            "attempts": self.unit["attempts"],
+            **unit["options"],
+            "job_id": unit["job_id"],
+            "work_unit_id": unit["id"],
+            "attempts": unit["attempts"],
         }
-        task = action(self.unit["input"], options, self.store, self.directory)
+        directory = self._directory()
+        self._enter(directory)
+        task = action(unit["input"], options, settings.store, directory)
         result = getattr(task, stage)()
         if stage == "split" and not isinstance(result, (list, tuple)):
             raise ActionFailed(f"split must return a list, not {type(result).__name__}")
-        return result
+        output, limit = encode_output(result), settings.config.max_request_size
+        if len(output) > limit * MEGABYTE:
+            size = f"{len(output) / MEGABYTE:.1f} MB"
+            raise ActionFailed(
+                f"the output has {size}; max_request_size is {limit:g} MB"
+            )
+        return output
 
-    def _make_work_directory(self) -> None:
-        path = self.directory
+    def _enter(self, directory: str) -> None:
+        """Make the work directory, and go there.  Raises ActionFailed."""
         try:
             try:
-                os.mkdir(path, 0o700)
+                os.mkdir(directory, 0o700)
             except FileExistsError:  # from an earlier attempt
-                discard_directory(self.config, path)
-                os.mkdir(path, 0o700)
+                discard_directory(self.settings.config, directory)
+                os.mkdir(directory, 0o700)
             except FileNotFoundError:
-                make_private_directory(path)
-            os.chdir(path)
+                make_private_directory(directory)
+            os.chdir(directory)
         except OSError as error:
-            raise ActionFailed(f"can't make {path}: {error.strerror}") from None
+            raise ActionFailed(f"can't make {directory}: {error.strerror}") from None
 
     def _explain(self, error: BaseException) -> str:
         """Return *error* in a line for central; the traceback goes to the log."""
         if isinstance(error, ActionFailed):
             return str(error)
         sys.excepthook(type(error), error, error.__traceback__)
-        module = sys.modules.get(self.action.__module__) if self.action else None
+        module = sys.modules.get(getattr(self.settings.action, "__module__", ""))
         where = frames_in(error, getattr(module, "__file__", None) or "")
-        if isinstance(error, MemoryError) and self.limits.memory:
-            where += f"; memory_limit is {self.limits.memory:g} MB"
+        if isinstance(error, MemoryError) and self.settings.memory:
+            where += f"; memory_limit is {self.settings.memory:g} MB"
         return f"{type(error).__name__}: {error}{where}"
 
     def _write_outcome(self, status: str, output: bytes) -> None:
         """Append the outcome to the record, or at least that it can't be written."""
-        self.limits.apply(lift=True)
+        self.settings.set_limits(lift=True)
         self._find_record()
-        seconds, rest = divmod((time.monotonic_ns() - self.start_time) // 1000, 10**6)
-        outcome = Outcome(status, f"{seconds}.{rest:06d}", output)
+        outcome = Outcome(status, f"{time.monotonic() - self.began:.6f}", output)
         end = os.lseek(self.record, 0, os.SEEK_END)
         try:
             write_all(self.record, outcome.line() + b"\n")
@@ -1847,13 +1787,11 @@ class Worker:
         """Open the record again, where the action has closed its descriptor.
 
         By now the file of that name may be the next attempt's.  Raises OSError."""
-        for descriptor in (self.record, -1):
+        for is_closed in (False, True):
             with contextlib.suppress(OSError):
-                if descriptor < 0:
-                    descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
-                state = os.fstat(descriptor)
-                if (state.st_dev, state.st_ino) == self.identity:
-                    self.record = descriptor
+                if is_closed:
+                    self.record = os.open(self.path, os.O_RDWR | os.O_APPEND)
+                if os.path.samestat(os.fstat(self.record), self.state):
                     return
         raise OSError(errno.ESTALE, "the record is another's", self.path)
 
@@ -1865,26 +1803,19 @@ def discard_directory(config: Config, path: str) -> None:
     os.rename(path, os.path.join(trash, f"{os.getpid()}.{time.monotonic_ns()}"))
 
 
-def is_nested_too_deeply(value: Any) -> bool:
-    """Return whether *value*, which is JSON, has more levels than NESTING_LIMIT."""
-    level = [value]
-    for _ in range(NESTING_LIMIT + 1):
-        level = [item for item in level if isinstance(item, (dict, list, tuple))]
-        if not level:
-            return False
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return True
+def is_nested_deeper(value: Any, limit: int) -> bool:
+    """Return whether *value*, which is JSON, has more levels than *limit*."""
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    children = value.values() if isinstance(value, dict) else value
+    return limit == 0 or any(is_nested_deeper(child, limit - 1) for child in children)
 
 
 def encode_output(result: Any) -> bytes:
     """Return *result* as central takes it: an object with the key ``output``.
 
-    Raises ActionFailed.  A JSONEncoder is made only where it is needed: it costs a
-    worker a hundred pages, a quarter of all that it touches."""
+    Raises ActionFailed.  A JSONEncoder costs a worker a hundred pages, a quarter of all
+    that it touches; most outputs need none."""
     try:
         if result is None:
             return b'{"output":null}'
@@ -1892,17 +1823,15 @@ def encode_output(result: Any) -> bytes:
             return b'{"output":%d}' % result
         if type(result) is str:
             return b'{"output":%s}' % json.encoder.encode_basestring(result).encode()
-        text = to_json({"output": result}).encode()
+        output = to_json({"output": result}).encode()
     except (TypeError, ValueError) as error:
         raise ActionFailed(f"the output is not JSON: {error}") from None
     except RecursionError:
-        text = b""
-    if not text or is_nested_too_deeply(result):
-        raise ActionFailed(
-            f"the output is nested more than {NESTING_LIMIT} deep, which central's "
-            "Ruby can't parse"
-        )
-    return text
+        output = b""
+    if not output or is_nested_deeper(result, NESTING_LIMIT):
+        reason = f"the output is nested more than {NESTING_LIMIT} deep"
+        raise ActionFailed(f"{reason}, which central's Ruby can't parse")
+    return output
 
 
 # ---------------------------------------------------------------------------
@@ -1914,10 +1843,14 @@ def encode_output(result: Any) -> bytes:
 #     ["ready", {action: stages}, problems]      once, first
 #     ["started", id, pid, start by boot_clock]  ["rejected", id, reason]
 #     ["ended", id, wait status, timed out]
+#
+# What it touches between two forks is copied, and belongs to the worker: a quick path
+# here makes workers small as well.
 # ---------------------------------------------------------------------------
 
 LOOK_INTERVAL = 0.1  # seconds between looks at what workers have left running
 ERROR_PAUSE = 0.02  # seconds, after an error of the kernel
+ORPHANS = 0  # in the place of a pid: the next look
 
 
 class ForkServer:
@@ -1929,32 +1862,39 @@ class ForkServer:
     def __init__(self, channel: socket.socket, configuration: Json) -> None:
         """Load the actions.  Signals come last: modules may have changed them."""
         import gc
+        import select
 
         self.channel = channel
-        self.channel_number = channel.fileno()
-        self.config = config = Config(configuration["config"])
+        config = Config(configuration["config"])
         THIS_MACHINE.update(configuration["machine"])
+        self.units_path = config.units_path
         self.node_is_there = True
-        self.received = b""
+        self.received = bytearray()
+        self.parse = json.JSONDecoder().raw_decode
         self.workers: dict[int, Worker] = {}  # by pid
+        self.deadlines: dict[int, float] = {}  # by pid, or ORPHANS; monotonic
         loader = ActionLoader(config, BUILT_IN_ACTIONS)
-        self.actions = loader.load()
-        self.limits = {name: Limits(config, name) for name in ("", *self.actions)}
-        self.store = STORES[config.storage](config)
+        actions = loader.load()
+        store = STORES[config.storage](config)
+        self.no_action = WorkerSettings("", None, config, store)
+        self.settings = {
+            name: WorkerSettings(name, action, config, store)
+            for name, action in actions.items()
+        }
         if running_threads():
             import warnings  # the loader has a better warning for it
 
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
         become_subreaper()
         self.own_children = child_pids()  # processes that modules have started
-        self.look_at: float | None = None  # when to look for orphans (monotonic)
         self.wake, self.wake_writer = os.pipe()
-        self.selector = selectors.PollSelector()  # without a descriptor to inherit
-        self.selector.register(self.wake, selectors.EVENT_READ, self._child_ended)
-        self.selector.register(channel, selectors.EVENT_READ, self._receive)
+        self.descriptors = (self.wake, self.wake_writer, channel.fileno())
+        self.poll = select.poll()
+        for descriptor in (self.wake, channel.fileno()):
+            self.poll.register(descriptor, select.POLLIN)
         self._trap_signals()
-        stages = {name: stages_of(action) for name, action in self.actions.items()}
-        self.send("ready", stages, loader.problems)
+        stages = {name: stages_of(action) for name, action in actions.items()}
+        self.send(json.dumps(["ready", stages, loader.problems]))
         gc.collect()
         gc.freeze()  # else the first collection in a worker copies every page
 
@@ -1968,14 +1908,16 @@ class ForkServer:
         signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-    def send(self, *message: Any) -> None:
+    def send(self, message: str) -> None:
         """Send a message to the node.  If it has gone, the disk has all it needs."""
-        with contextlib.suppress(ConnectionError):
-            self.channel.sendall(json.dumps(message).encode() + b"\n")
+        try:
+            self.channel.sendall(message.encode() + b"\n")
+        except ConnectionError:
+            pass
 
     def serve(self) -> None:
         """Run until the node has gone and the last worker has ended."""
-        while self.node_is_there or self.workers or self.look_at is not None:
+        while self.node_is_there or self.workers or self.deadlines:
             try:
                 self.step()
             except OSError as error:  # unexpected; go on all the same
@@ -1985,128 +1927,137 @@ class ForkServer:
 
     def step(self) -> None:
         """Wait for an event or a deadline, and handle it."""
-        deadlines = [worker.deadline for worker in self.workers.values()]
-        times = [moment for moment in (*deadlines, self.look_at) if moment is not None]
-        patience = max(0.0, min(times) - time.monotonic()) if times else None
-        for event, _ in self.selector.select(patience):
-            event.data()
+        deadlines, patience = self.deadlines, None
+        if deadlines:
+            seconds = min(deadlines.values()) - time.monotonic()
+            patience = max(0.0, seconds * 1000)
+        for descriptor, _ in self.poll.poll(patience):
+            if descriptor == self.wake:
+                os.read(self.wake, 512)
+                self.reap()
+            else:
+                self._receive()
         now = time.monotonic()
-        for pid, worker in self.workers.items() if times else ():
-            if worker.deadline is not None and worker.deadline <= now:
-                number = signal.SIGKILL if worker.timed_out else signal.SIGTERM
-                kill_group(pid, number)
-                worker.timed_out = True
-                worker.deadline = now + KILL_GRACE
-        if self.look_at is not None and self.look_at <= now:
-            self.end_orphans()
-
-    def _child_ended(self) -> None:
-        os.read(self.wake, 4096)
-        self.reap()
+        for pid in [pid for pid, moment in deadlines.items() if moment <= now]:
+            if pid == ORPHANS:
+                self.end_orphans()
+                continue
+            worker = self.workers[pid]
+            kill_group(pid, signal.SIGKILL if worker.timed_out else signal.SIGTERM)
+            worker.timed_out = True
+            deadlines[pid] = now + KILL_GRACE
 
     def _receive(self) -> None:
         """Read from the node, and handle the messages that are complete."""
-        data = b""
-        with contextlib.suppress(ConnectionError):
+        try:
             data = self.channel.recv(READ_SIZE)
+        except ConnectionError:
+            data = b""
         if not data:
             self.node_is_there = False
-            self.selector.unregister(self.channel)
+            self.poll.unregister(self.channel)
+        self.received += data
         if b"\n" not in data:
-            self.received += data  # CPython extends in place where it can
             return
-        *lines, self.received = (self.received + data).split(b"\n")
+        *lines, self.received = self.received.split(b"\n")
         for line in lines:
-            kind, *rest = json.loads(line)
+            kind, *rest = self.parse(line.decode())[0]
             if kind == "unit":
                 self.start(*rest)
             elif kind == "kill" and rest[0] in self.workers:
                 kill_group(*rest)
 
-    def start(self, head: Json, unit: Json) -> None:
+    def start(self, head: str, unit: Json) -> None:
         """Write the unit's record, fork its worker, send its pid.
 
         Whatever goes wrong rejects this unit alone."""
-        name = unit["action"]
-        limits = self.limits.get(name) or self.limits[""]
-        worker = Worker(unit, self.actions.get(name), self.config, self.store, limits)
+        settings = self.settings.get(unit["action"], self.no_action)
+        worker = Worker(unit, settings, f"{self.units_path}/{unit['id']}")
         pid = 0
         try:
             if WEB_URL.match(unit["input"]):
                 import urllib.request  # noqa: F401  once here, not in each worker
             worker.create_record(head)
-            started = boot_clock()
+            worker.started = f"{boot_clock():.2f}"
             pid = os.fork()
             if pid == 0:
-                self._be_worker(worker, started)  # never returns
+                self._be_worker(worker)  # never returns
             self.workers[pid] = worker
-            if limits.time:
-                worker.deadline = time.monotonic() + limits.time
-            worker.write_pid(pid, started)
-            self.send("started", unit["id"], pid, started)
-        except FileExistsError:
-            self.send("rejected", unit["id"], "an earlier record of it is in the way")
+            if settings.time:
+                self.deadlines[pid] = time.monotonic() + settings.time
+            worker.write_pid(pid)
+            self.send(f'["started", "{unit["id"]}", {pid}, {worker.started}]')
         except Exception as error:
-            self._reject(worker, pid, error)
+            reason = "an earlier record of it is in the way"
+            if not isinstance(error, FileExistsError):
+                self._undo(worker, pid)
+                words = f"{type(error).__name__}: {error}"
+                words = getattr(error, "strerror", None) or words
+                reason = f"can't start a worker: {words}"
+            self.send(json.dumps(["rejected", unit["id"], reason]))
         finally:
-            worker.close()
+            for descriptor in (worker.record, worker.output):  # the worker has its own
+                if descriptor >= 0:
+                    os.close(descriptor)
 
-    def _be_worker(self, worker: Worker, started: float) -> NoReturn:
+    def _be_worker(self, worker: Worker) -> NoReturn:
         """Be the child, to its end."""
         code = EXIT_FAILED
         try:
-            # By descriptor: to touch more of Python's objects copies their pages.
             signal.set_wakeup_fd(-1)
-            for descriptor in (self.channel_number, self.wake, self.wake_writer):
+            for descriptor in self.descriptors:
                 os.close(descriptor)
-            if worker.run(started):  # the node tells quick failures by the status
+            if worker.run():  # the node tells quick failures by the status
                 code = EXIT_OK
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(code)
 
-    def _reject(self, worker: Worker, pid: int, error: Exception) -> None:
-        """Undo the start of a unit."""
+    def _undo(self, worker: Worker, pid: int) -> None:
+        """Undo the start of a unit, as far as it went."""
         if pid:
             kill_group(pid, signal.SIGKILL)
             self.workers.pop(pid, None)  # its end must not be reported
+            self.deadlines.pop(pid, None)
         with contextlib.suppress(OSError):
             # Should the record stay: it may hold a pid, and so look accepted.
             append_line(worker.path, WITHDRAWN_LINE)
             remove_file(worker.path)
             remove_file(f"{worker.path}.out")
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        self.send("rejected", worker.unit["id"], f"can't start a worker: {reason}")
 
     def reap(self) -> None:
         """Report the end of every worker that has ended; end its process group.
 
         The group is signalled before its leader is reaped: until then no other process
         can have the number.  (macOS has had no waitid before Python 3.13.)"""
+        has_waitid, status = hasattr(os, "waitid"), 0
         with contextlib.suppress(ChildProcessError):
             while True:
-                if hasattr(os, "waitid"):
+                if has_waitid:
                     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
                     ended = os.waitid(os.P_ALL, 0, flags)
-                    pid, status = ended.si_pid if ended else 0, 0
+                    pid = ended.si_pid if ended else 0
                 else:
                     pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     return
                 if pid in self.workers:
                     kill_group(pid, signal.SIGKILL)
-                if hasattr(os, "waitid"):
+                if has_waitid:
                     status = os.waitpid(pid, 0)[1]
+                self.deadlines.pop(pid, None)
+                self.deadlines.setdefault(ORPHANS, time.monotonic() + LOOK_INTERVAL)
                 worker = self.workers.pop(pid, None)
                 if worker:
-                    self.send("ended", worker.unit["id"], status, worker.timed_out)
-                if self.look_at is None:
-                    self.look_at = time.monotonic() + LOOK_INTERVAL
+                    timed_out = "true" if worker.timed_out else "false"
+                    self.send(
+                        f'["ended", "{worker.unit["id"]}", {status}, {timed_out}]'
+                    )
 
     def end_orphans(self) -> None:
         """Kill the children that no unit has any more: daemons that a unit has left."""
-        self.look_at = None
+        del self.deadlines[ORPHANS]
         for pid in child_pids().difference(self.workers, self.own_children):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -2120,8 +2071,6 @@ def run_fork_server(channel: socket.socket, configuration: Json) -> None:
 # ---------------------------------------------------------------------------
 # The end of what the fork server executes.
 # ---------------------------------------------------------------------------
-
-
 # ---------------------------------------------------------------------------
 # Central server: the node's calls to it, in both dialects.
 # ---------------------------------------------------------------------------
@@ -2134,15 +2083,13 @@ FORM_SAFE = b"% ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-.
 class CentralError(Exception):
     """A call that central did not take.
 
-    status: of its answer, None without one; unreached: there was no connection, so
-    central has received nothing."""
+    status: of its answer, None without one; unreached: there was no connection."""
 
     def __init__(
         self, message: str, status: int | None = None, unreached: bool = False
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.unreached = unreached
+        self.status, self.unreached = status, unreached
 
 
 class CentralServer:
@@ -2171,36 +2118,44 @@ class CentralServer:
         """Whether central may record a pid after it has taken the unit's report."""
         return self.dialect != "seed"
 
+    def name(self, dialect: str | None) -> str:
+        """Return the name under which this node checks in."""
+        host: str = self.config.host
+        return host if dialect == "seed" else f"{host}:{self.port}"
+
     def check_in(self, busy: bool, actions: list[str]) -> None:
         """Tell central where this node is, and whether it takes work.
 
         The wrong dialect is answered with 500, so the other one is tried then.  An old
         central may also answer 500 for other reasons, so neither is ever ruled out.
         Source: protocol.md, "Node to central"."""
-        for dialect in self._dialects():
+        config, dialects = self.config, ["seed", "0.5"]
+        if config.dialect != "auto":
+            dialects = [config.dialect]
+        elif self.dialect == "0.5":
+            dialects.reverse()
+        for dialect in dialects:
             fields = [("port", b"%d" % self.port)] if dialect == "seed" else []
             fields.append(("busy", b"true" if busy else b"false"))
-            if dialect != "seed" and self.config.tag:
-                fields.append(("tag", self.config.tag.encode()))
-            if self.config.max_workers:
-                fields.append(("max_workers", b"%d" % self.config.max_workers))
+            if dialect != "seed" and config.tag:
+                fields.append(("tag", config.tag.encode()))
+            if config.max_workers:
+                fields.append(("max_workers", b"%d" % config.max_workers))
             fields.append(("enabled_actions", ",".join(actions).encode()))
             path = f"/node/{self.name(dialect)}"
             try:
-                self._call("PUT", path, fields, self.config.central_timeout)
+                self._call("PUT", path, fields, config.central_timeout)
             except CentralError as error:
-                failed = error
-                if error.status != 500:
-                    break
+                if error.status != 500 or dialect == dialects[-1]:
+                    raise
             else:
                 self.found_dialect, self.is_confirmed = dialect, True
                 self.checked_in_at = time.monotonic()
                 return
-        raise failed
 
     def check_out(self, name: str | None = None) -> None:
         """Have central release the units of this node, or of the node *name*."""
-        dialects = [self.dialect] if self.dialect else self._dialects()
+        dialects = [self.dialect] if self.dialect else ["seed", "0.5"]
         names = [name] if name else [self.name(dialect) for dialect in dialects]
         for known in names:  # a name that central does not know is fine
             self._call("DELETE", f"/node/{known}", None, CHECK_OUT_TIMEOUT)
@@ -2222,7 +2177,7 @@ class CentralServer:
         except CentralError as error:
             if error.status != 404 or not self.is_confirmed:  # it may be another server
                 raise
-            self._answered()
+            self.answered_at, self.error = time.monotonic(), None
             return False
         return True
 
@@ -2242,63 +2197,42 @@ class CentralServer:
         """Return the beginning of central's heartbeat, and its header Date."""
         return self._call("GET", "/heartbeat", None, self.config.central_timeout)
 
-    def name(self, dialect: str | None) -> str:
-        """Return the name under which this node checks in."""
-        host: str = self.config.host
-        return host if dialect == "seed" else f"{host}:{self.port}"
-
-    def _dialects(self) -> list[str]:
-        if self.config.dialect != "auto":
-            return [self.config.dialect]
-        return ["0.5", "seed"] if self.dialect == "0.5" else ["seed", "0.5"]
-
     def _call(
         self, method: str, path: str, fields: Fields | None, timeout: float
     ) -> tuple[bytes, str | None]:
         """Make one request; return the body of a GET, and the header Date."""
-        data = form_encoded(fields) if fields else None
+        config, data = self.config, form_encoded(fields) if fields else None
         headers = {"User-Agent": f"crowdnode/{__version__}"}
-        if self.config.http_authentication:
-            headers["Authorization"] = basic_credentials(self.config)
+        if config.http_authentication:
+            headers["Authorization"] = basic_credentials(config)
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with self.opener.open(request, timeout=timeout) as reply:
                 # A 2xx says it all, whatever becomes of the body.
                 body = reply.read(STATUS_LIMIT) if method == "GET" else b""
-                date = reply.headers["Date"]
-        except Exception as error:
-            failed = self._explain(error)
-            self.error = str(failed)
-            raise failed from None
-        self._answered()
-        return body, date
-
-    def _answered(self) -> None:
-        self.answered_at = time.monotonic()
-        self.error = None
-
-    def _explain(self, error: Exception) -> CentralError:
-        """Return *error* in words for a person."""
-        if isinstance(error, urllib.error.HTTPError):
+                self.answered_at, self.error = time.monotonic(), None
+                return body, reply.headers["Date"]
+        except urllib.error.HTTPError as error:
             error.close()
             sentence = f"it answered {error.code} {error.reason}"
             if error.code == 401:
-                names = "" if self.config.login else "http_authentication, "
-                place = self.config.file or "the configuration"
+                names = "" if config.login else "http_authentication, "
+                place = config.file or "the configuration"
                 sentence += f": check {names}login and password in {place}"
-            return CentralError(sentence, error.code)
-        if isinstance(error, urllib.error.URLError):
-            refused = (ConnectionRefusedError, socket.gaierror)
-            return CentralError(
-                str(error.reason), unreached=isinstance(error.reason, refused)
+            failed = CentralError(sentence, error.code)
+        except urllib.error.URLError as error:
+            refused = isinstance(
+                error.reason, (ConnectionRefusedError, socket.gaierror)
             )
-        return CentralError(f"{type(error).__name__}: {error}")
+            failed = CentralError(str(error.reason), unreached=refused)
+        except Exception as error:
+            failed = CentralError(f"{type(error).__name__}: {error}")
+        self.error = str(failed)
+        raise failed
 
 
 def form_encoded(fields: Fields) -> bytes:
-    """Return *fields* as application/x-www-form-urlencoded.
-
-    As urllib.parse.urlencode, without its 10 bytes of memory for each byte."""
+    """Return *fields* as urllib.parse.urlencode does, in a tenth of the memory."""
     return b"&".join(name.encode() + b"=" + quoted(value) for name, value in fields)
 
 
@@ -2317,7 +2251,7 @@ def basic_credentials(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------
-# What the node stands on: preflight checks, load and memory, the log, the lock file,
+# What the node stands on: load and memory, preflight checks, the log, the lock file,
 # threads and timers.
 # ---------------------------------------------------------------------------
 
@@ -2342,15 +2276,13 @@ def parse_load(uptime: str) -> float | None:
 def parse_meminfo(meminfo: str, pattern: re.Pattern[str]) -> float | None:
     """Return the megabytes that *pattern* finds in the text of /proc/meminfo."""
     match = pattern.search(meminfo)
-    return int(match.group(1)) / 1024 if match else None
+    return int(match[1]) / 1024 if match else None
 
 
 def parse_vm_stat(vm_stat: str) -> float | None:
     """Return the free megabytes in the output of macOS's ``vm_stat``."""
     page, free = SCRAPE_MAC_PAGE.search(vm_stat), SCRAPE_MAC_MEMORY.search(vm_stat)
-    if not page or not free:
-        return None
-    return int(free.group(1)) * int(page.group(1)) / MEGABYTE
+    return int(free[1]) * int(page[1]) / MEGABYTE if page and free else None
 
 
 def command_output(name: str) -> str:
@@ -2359,7 +2291,7 @@ def command_output(name: str) -> str:
     LC_ALL=C: in another locale the first number with a point may be the clock."""
     try:
         output = run_command([name], SCRAPE_DEADLINE, {**os.environ, "LC_ALL": "C"})[1]
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return ""
     return output.decode("utf-8", "replace")
 
@@ -2369,32 +2301,9 @@ def read_memory(pattern: re.Pattern[str]) -> float | None:
     if sys.platform == "darwin":
         is_free = pattern is SCRAPE_LINUX_MEMORY
         return parse_vm_stat(command_output("vm_stat")) if is_free else None
-    try:
+    with contextlib.suppress(OSError):
         return parse_meminfo(read_file("/proc/meminfo").decode(), pattern)
-    except OSError:
-        return None
-
-
-def prepare_directories(config: Config) -> None:
-    """Make the directories that the node writes to.  Raises CrowdError."""
-    for name, path in (
-        ("state_path", config.units_path),
-        ("temp_storage_path", config.temp_storage_path),
-    ):
-        try:
-            make_private_directory(path)
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "not writable")
-            insecure = find_insecure(path)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                continue  # a full disk keeps no node from starting
-            raise CrowdError(f"{name}: can't use {path}: {error.strerror}") from None
-        if insecure:
-            raise CrowdError(
-                f"{name}: others can write to {insecure}, and so could have units write "
-                "elsewhere: choose or make a directory that only this user can write to"
-            )
+    return None
 
 
 def find_insecure(path: str) -> str | None:
@@ -2412,6 +2321,27 @@ def find_insecure(path: str) -> str | None:
         place, sticky = os.path.dirname(place), 0o1000
 
 
+def prepare_directories(config: Config) -> None:
+    """Make the directories that the node writes to.  Raises CrowdError."""
+    work = config.temp_storage_path
+    for name, path in (("state_path", config.units_path), ("temp_storage_path", work)):
+        try:
+            make_private_directory(path)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "not writable")
+            insecure = find_insecure(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                continue  # a full disk keeps no node from starting
+            raise CrowdError(f"{name}: can't use {path}: {error.strerror}") from None
+        if insecure:
+            raise CrowdError(
+                f"{name}: others can write to {insecure}, and so could have units "
+                "write elsewhere: choose or make a directory that only this user can "
+                "write to"
+            )
+
+
 def check_storage(config: Config) -> None:
     """Raise CrowdError unless what actions save can be kept."""
     try:
@@ -2423,10 +2353,9 @@ def check_storage(config: Config) -> None:
 
 def preflight_warnings(config: Config) -> list[str]:
     """Return what a person should know of the configuration and its files."""
-    found = list(config.warnings)
+    found, path = list(config.warnings), config.state_path
     with contextlib.suppress(OSError):
-        if os.stat(config.state_path).st_mode & 0o077:
-            path = config.state_path
+        if os.stat(path).st_mode & 0o077:
             found.append(f"state_path: others can look into {path}: chmod 700 {path}")
         if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
             found.append(f"clock: it is before the date of {PROGRAM}")
@@ -2439,42 +2368,31 @@ def host_warnings(config: Config) -> list[str]:
     """Return why central may not be able to dial the name that this node gives it.
 
     One name that central can't resolve stops the whole crowd (protocol.md)."""
-    name = urllib.parse.urlsplit(config.central_server).hostname or ""
-
-    def addresses(host: str) -> list[str]:
-        found = socket.getaddrinfo(host, None)
-        return sorted({str(info[4][0]).partition("%")[0] for info in found})
-
-    def is_local(found: list[str]) -> bool:
-        return all(ipaddress.ip_address(item).is_loopback for item in found)
-
+    central = urllib.parse.urlsplit(config.central_server).hostname or ""
+    found = []
     try:
-        here, central = addresses(config.host.strip("[]")), addresses(name)
+        for host in (config.host.strip("[]"), central):
+            infos = socket.getaddrinfo(host, None)
+            found.append(sorted({str(info[4][0]).partition("%")[0] for info in infos}))
     except (OSError, UnicodeError) as error:
         return [
             f"host = {config.host}, or central's, does not resolve here ({error}); "
             "where central can't resolve it either, no node gets work: set host, or "
             "add it to DNS or /etc/hosts"
         ]
-    if not is_local(here) or is_local(central):
+    here_is_local, central_is_local = (
+        all(ipaddress.ip_address(address).is_loopback for address in addresses)
+        for addresses in found
+    )
+    if not here_is_local or central_is_local:
         return []
     return [
-        f"host = {config.host} is this machine alone ({', '.join(here)}), but central "
-        f"is elsewhere ({name}): set host to a name that central can dial"
+        f"host = {config.host} is this machine alone ({', '.join(found[0])}), but "
+        f"central is elsewhere ({central}): set host to a name that central can dial"
     ]
 
 
 log = logging.Logger("node")
-
-
-class LogFile(logging.handlers.RotatingFileHandler):
-    """A log file that asks the kernel for its size, which is twice as fast."""
-
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        """Return whether the file is full."""
-        if self.stream is None:
-            self.stream = self._open()
-        return os.fstat(self.stream.fileno()).st_size >= self.maxBytes
 
 
 def make_printable(record: logging.LogRecord) -> bool:
@@ -2491,6 +2409,8 @@ def set_up_log(path: str | None, level: str) -> None:
     """Log to the file at *path*, or to standard error."""
     handler: logging.Handler = logging.StreamHandler()
     if path:  # opened with the first line: a full disk keeps no node from starting
+        from logging.handlers import RotatingFileHandler as LogFile
+
         handler = LogFile(path, "a", LOG_SIZE, LOGS_KEPT, encoding="utf-8", delay=True)
     line = "%(asctime)s %(name)s %(levelname)s: %(message)s"
     handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
@@ -2516,6 +2436,20 @@ def log_output(source: str, data: bytes) -> None:
         log.handle(logging.makeLogRecord({**fields, "msg": line}))
 
 
+def lock_file(path: str) -> int | None:
+    """Return a descriptor of the file, locked; None where another process has it.
+
+    Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have removed the file that we have opened.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
 class NodeLock:
     """node.pid: locked while the node lives, whatever ends it.
 
@@ -2526,10 +2460,9 @@ class NodeLock:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.path = config.state_file("node.pid")
-        self.descriptor = self.work_descriptor = -1
+        self.descriptor = -1
         self.earlier: Json = {}
         self.content: Json = {}
-        self.is_written = False
 
     def acquire(self, patience: float = 0.0) -> bool:
         """Take the lock; return False where a node has it.  Raises CrowdError.
@@ -2540,25 +2473,20 @@ class NodeLock:
         try:
             make_private_directory(self.config.state_path)
             self.refuse_other_machine()
-            while True:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-                with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # Its last owner may have removed the file that we have opened.
-                    if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
-                        break
-                os.close(descriptor)
-                if time.monotonic() > deadline and os.path.exists(self.path):
-                    return False
+            descriptor = lock_file(self.path)
+            while descriptor is None and time.monotonic() < deadline:
                 time.sleep(0.02)
+                descriptor = lock_file(self.path)
         except OSError as error:
             raise self._unusable(error) from None
+        if descriptor is None:
+            return False
         self.descriptor, self.earlier = descriptor, self.read()
         self.write(checked_in=self.earlier.get("checked_in"))
         return True
 
     def inherit(self, descriptor: int) -> None:
-        """Go on with the lock that this process had before it executed a new version."""
+        """Go on with the lock that this process had as another version."""
         os.umask(0o077)
         os.set_inheritable(descriptor, False)
         self.descriptor = descriptor
@@ -2566,13 +2494,10 @@ class NodeLock:
 
     def lock_work(self) -> None:
         """Lock temp_storage_path as well.  Raises CrowdError where it is in use."""
-        path = os.path.join(self.config.temp_storage_path, ".lock")
+        place = self.config.temp_storage_path
         try:
-            self.work_descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self.work_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            place = self.config.temp_storage_path
-            raise CrowdError(f"temp_storage_path: another node uses {place}") from None
+            if lock_file(os.path.join(place, ".lock")) is None:
+                raise CrowdError(f"temp_storage_path: another node uses {place}")
         except OSError as error:  # a full disk keeps no node from starting
             log.warning("can't lock temp_storage_path: %s", error)
 
@@ -2581,11 +2506,9 @@ class NodeLock:
 
         It touches the file; a network's file system may not pass on locks."""
         with contextlib.suppress(FileNotFoundError):
-            content, age = self.read(), time.time() - os.stat(self.path).st_mtime
-            is_other = all(
-                content.get(key, THIS_MACHINE[key]) != THIS_MACHINE[key]
-                for key in ("host", "boot_id")
-            )
+            age, content = time.time() - os.stat(self.path).st_mtime, self.read()
+            here, keys = THIS_MACHINE, ("host", "boot_id")
+            is_other = all(content.get(key, here[key]) != here[key] for key in keys)
             if is_other and age < OTHER_MACHINE_AGE:
                 raise CrowdError(
                     f"a node runs on host {content['host']} with this state_path, "
@@ -2594,20 +2517,15 @@ class NodeLock:
 
     def write(self, **changes: Any) -> None:
         """Write who the node is, and *changes*.  A full disk is a warning."""
-        pid, content = os.getpid(), {**self.content, **THIS_MACHINE, **changes}
+        self.content = {**self.content, **THIS_MACHINE, **changes}
         with contextlib.suppress(OSError):
-            content["started"] = start_of_process(pid)
-        if self.is_written and content == self.content:
-            return
-        self.content = content
-        data = f"{pid}\n{json.dumps(content)}\n".encode()
+            self.content["started"] = start_of_process(os.getpid())
         try:
+            data = f"{os.getpid()}\n{json.dumps(self.content)}\n".encode()
             os.pwrite(self.descriptor, data, 0)  # in place: the file has its block
             os.ftruncate(self.descriptor, len(data))
-            self.is_written = True
         except OSError as error:
             log.warning("can't write %s: %s", self.path, error)
-            self.is_written = False
 
     def touch(self) -> None:
         """Show other machines that this node lives."""
@@ -2623,7 +2541,7 @@ class NodeLock:
         return {}
 
     def holder(self) -> Json | None:
-        """Return the content where a node has the lock, else None.  Raises CrowdError."""
+        """Return the content if a node has the lock, else None.  Raises CrowdError."""
         try:
             self.refuse_other_machine()
             return self.read() if is_locked(self.path) else None
@@ -2650,71 +2568,42 @@ def start_thread(target: Callable[..., Any], *arguments: Any) -> threading.Threa
     return thread
 
 
-class PeriodicTimer:
-    """Calls *step* every *interval* seconds, each time on a new threading.Timer.
+class PeriodicTimer(threading.Timer):
+    """A timer that calls *step* every *interval* seconds, until stop().
 
     step may return other seconds to wait.  No exception ends the loop."""
 
     def __init__(self, step: Callable[[], float | None], interval: float) -> None:
+        super().__init__(interval, step)
         self.step = step
-        self.interval = interval
-        self._lock = threading.Lock()
-        self._turn = threading.Lock()  # held during a step
-        self._timer: threading.Timer | None = None
-        self._hurried = self._stopped = False
-
-    def start(self) -> None:
-        """Start; the first step comes after one interval."""
-        with self._lock:
-            self._arm(self.interval)
+        self.daemon = True
+        self.woken = threading.Event()
 
     def soon(self) -> None:
         """Call step now, or once more when the step under way has ended."""
-        with self._lock:
-            if self._timer and not self._hurried:
-                self._hurried = True  # before the thread that resets it starts
-                try:
-                    self._arm(0)
-                except RuntimeError:
-                    self._hurried = False
+        if self.is_alive():
+            self.woken.set()
 
     def stop(self) -> None:
         """Call step no more."""
-        with self._lock:
-            self._stopped = True
-            if self._timer:
-                self._timer.cancel()
+        self.cancel()
+        self.woken.set()
 
-    def _arm(self, delay: float) -> None:
-        """Replace the timer.  Raises RuntimeError, and changes nothing, where no thread
-        can be had."""
-        if not self._stopped:
-            timer = threading.Timer(delay, self._run)
-            timer.daemon = True
-            timer.start()
-            if self._timer:
-                self._timer.cancel()
-            self._timer = timer
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Call step after one interval, and so on, until stop()."""
+        delay = self.interval
         while True:
-            delay = None
-            with self._turn:
-                self._hurried = False
-                try:
-                    delay = None if self._stopped else self.step()
-                except OSError as error:  # such as no descriptors
-                    log.warning("a periodic step failed: %s; trying again", error)
-                except Exception:
-                    log.exception("a periodic step failed; trying again")
-            delay = self.interval if delay is None else delay
-            with self._lock:
-                if self._stopped or self._timer is not threading.current_thread():
-                    return  # soon() has replaced this one
-                with contextlib.suppress(RuntimeError):
-                    self._arm(delay)
-                    return
-            time.sleep(max(delay, 0.1))  # no thread can be had: this one waits instead
+            self.woken.wait(delay)
+            self.woken.clear()
+            if self.finished.is_set():
+                return
+            delay = self.interval
+            try:
+                delay = self.step() or self.interval
+            except OSError as error:  # such as no descriptors
+                log.warning("a periodic step failed: %s; trying again", error)
+            except Exception:
+                log.exception("a periodic step failed; trying again")
 
 
 class Backoff:
@@ -2734,7 +2623,7 @@ def remove_tree(path: str) -> None:
     try:
         shutil.rmtree(path)
     except (OSError, RecursionError):
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        with contextlib.suppress(OSError):
             run_command(["chmod", "-R", "u+rwx", path], TRANSFER_TIMEOUT)
             run_command(["rm", "-rf", path], TRANSFER_TIMEOUT)
 
@@ -3248,12 +3137,13 @@ class Node:
             log.warning("%s", self.not_connected(error))
         self.check_in_timer.start()
         self.monitor_timer.start()
+        has = "has checked in with"
         if not self.central.checked_in_at:
             self.check_in_timer.soon()
+            has = "has not checked in yet with"
         log.info(
-            "crowdnode %s, %s port %d, has checked in with %s; actions: %s",
-            __version__, self.config.host, self.port, self.config.central_server,
-            ", ".join(self.actions),
+            "crowdnode %s, %s port %d, %s %s; actions: %s", __version__,
+            self.config.host, self.port, has, self.central.url, ", ".join(self.actions),
         )  # fmt: skip
 
     def release_earlier_units(self) -> None:
@@ -3630,7 +3520,11 @@ class Node:
         head = record_head(request, self.central.url)
         unit, is_new = self.find_or_add(head)
         fork_server = unit.fork_server
-        if is_new and fork_server and not fork_server.send("unit", head, request):
+        if (
+            is_new
+            and fork_server
+            and not fork_server.send("unit", json.dumps(head), request)
+        ):
             self.reject(unit, "the fork server has gone")
         try:
             pid = unit.pid.result(START_DEADLINE)
@@ -4237,20 +4131,34 @@ class Node:
 
 
 # ---------------------------------------------------------------------------
-# What the node shows: metrics and the page, made from the status document.
+# What the node shows: metrics, the page and --status, made from the status document.
 # ---------------------------------------------------------------------------
 
 
-def single_values(status: Json) -> list[tuple[str, str, str, float | None]]:
-    """Return name, kind, help and value of each metric that is one number."""
-    central, counts, megabyte = status["central"], status["counts"], MEGABYTE
-    free = status["free_memory"]
-    return [
+def metrics_text(status: Json, counters: Counters) -> str:
+    """Return GET /metrics: the status document in Prometheus's text format 0.0.4.
+
+    Source of the format and the naming: prometheus.io/docs/instrumenting."""
+    central, counts, free = status["central"], status["counts"], status["free_memory"]
+    about = {"version": status["version"], "host": status["host"]}
+    outcomes = [sample("units_total", counts[kind], outcome=kind) for kind in OUTCOMES]
+    durations = []
+    for (action, stage), (units, seconds) in sorted(counters.durations.items()):
+        labels, total = {"action": action, "stage": stage}, 0
+        for bound, count in zip([*BUCKETS, "+Inf"], units):
+            total += count
+            line = sample("unit_seconds_bucket", total, **labels, le=str(bound))
+            durations.append(line)
+        durations.append(sample("unit_seconds_sum", seconds[0], **labels))
+        durations.append(sample("unit_seconds_count", total, **labels))
+    # Name, kind, help; the value, None where it is unknown, or the lines of samples.
+    families: list[tuple[str, str, str, float | list[str] | None]] = [
+        ("info", "gauge", "The node, in its labels.", [sample("info", 1, **about)]),
         ("uptime_seconds", "gauge", "Since the node's start.", status["uptime"]),
         ("overloaded", "gauge", "1 where work is refused.", int(status["overloaded"])),
         ("load_average", "gauge", "Of one minute.", status["load_average"]),
         ("free_memory_bytes", "gauge", "Memory that nothing uses.",
-         free and free * megabyte),
+         free and free * MEGABYTE),
         ("max_workers", "gauge", "Units at once; 0: no limit.", status["max_workers"]),
         ("units_running", "gauge", "Units that run.", len(status["running"])),
         ("units_unreported", "gauge", "Units whose outcome central has not taken.",
@@ -4265,48 +4173,71 @@ def single_values(status: Json) -> list[tuple[str, str, str, float | None]]:
         ("units_refused_total", "counter", "Units refused.", counts["refused"]),
         ("units_reported_total", "counter", "Outcomes that central has taken.",
          counts["reported"]),
+        ("units_total", "counter", "Units that ended, by outcome.", outcomes),
+        ("unit_seconds", "histogram", "How long units took.", durations),
     ]  # fmt: skip
-
-
-def metrics_text(status: Json, counters: Counters) -> str:
-    """Return GET /metrics: the status document in Prometheus's text format 0.0.4.
-
-    Source of the format and the naming: prometheus.io/docs/instrumenting."""
-    lines = metric("info", "gauge", "The node, in its labels.")
-    lines.append(sample("info", 1, version=status["version"], host=status["host"]))
-    for name, kind, text, value in single_values(status):
+    lines = []
+    for name, kind, text, value in families:
         if value is not None:  # unknown: no sample says so best
-            lines += [*metric(name, kind, text), sample(name, value)]
-    lines += metric("units_total", "counter", "Units that ended, by outcome.")
-    lines += [
-        sample("units_total", status["counts"][kind], outcome=kind) for kind in OUTCOMES
-    ]
-    lines += metric("unit_seconds", "histogram", "How long units took.")
-    for (action, stage), (counts, seconds) in sorted(counters.durations.items()):
-        total = 0
-        for bound, count in zip([*BUCKETS, "+Inf"], counts):
-            total += count
-            name, le = "unit_seconds_bucket", str(bound)
-            lines.append(sample(name, total, action=action, stage=stage, le=le))
-        for name, value in (("sum", seconds[0]), ("count", total)):
-            name = f"unit_seconds_{name}"
-            lines.append(sample(name, value, action=action, stage=stage))
+            lines.append(f"# HELP crowdnode_{name} {text}")
+            lines.append(f"# TYPE crowdnode_{name} {kind}")
+            lines += value if isinstance(value, list) else [sample(name, value)]
     return "\n".join(lines) + "\n"
-
-
-def metric(name: str, kind: str, text: str) -> list[str]:
-    """Return the lines before the samples of a metric."""
-    return [f"# HELP crowdnode_{name} {text}", f"# TYPE crowdnode_{name} {kind}"]
 
 
 def sample(name: str, value: float, **labels: str) -> str:
     """Return the line of one value."""
-    escaped = (
-        (key, text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"))
-        for key, text in labels.items()
-    )
-    inside = ",".join(f'{key}="{text}"' for key, text in escaped)
-    return f"crowdnode_{name}{f'{{{inside}}}' if inside else ''} {value}"
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = [f'{key}="{text.translate(escapes)}"' for key, text in labels.items()]
+    inside = f"{{{','.join(pairs)}}}" if pairs else ""
+    return f"crowdnode_{name}{inside} {value}"
+
+
+def ago(seconds: float | None) -> str:
+    """Return a length of time for people."""
+    if seconds is None:
+        return "never"
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def measured(now: float | None, unit: str, word: str, limit: float | None) -> str:
+    """Return a value, and its limit where there is one."""
+    text = "unknown" if now is None else f"{now:.0f}{unit}" if unit else f"{now:.2f}"
+    return text + (f", {word} {limit:g}" if limit else "")
+
+
+def facts(status: Json, details: Json) -> list[tuple[str, str, str]]:
+    """Return what the page and --status list: name, text, and "good", "bad" or "".
+
+    *details*: those of the page; empty for --status, which has only the document."""
+    central, get = status["central"], details.get
+    verb, since = "checked in", central["checked_in_ago"]
+    if details:
+        verb, since = "answered", details["answered_ago"]
+    when = f"never {verb}" if since is None else f"{verb} {ago(since)} ago"
+    work, mood = "accepted", "good"
+    if status["overloaded"]:
+        duration = f" for {ago(details['refused_for'])}" if details else ""
+        work, mood = f"refused{duration}: {status['reason']}", "bad"
+    load = measured(status["load_average"], "", "max", get("max_load"))
+    free = measured(status["free_memory"], " MB free", "min", get("min_free_memory"))
+    available, limit = get("available_memory"), get("min_available_memory")
+    counts = [f"{n} {kind.replace('_', ' ')}" for kind, n in status["counts"].items()]
+    running, at_most = len(status["running"]), status["max_workers"] or "any number"
+    return [
+        ("work", work, mood),
+        ("central", f"{central['url']}, {when}", ""),
+        ("", central["error"] or "", "bad"),
+        ("load", load, ""),
+        ("memory", free, ""),
+        ("available", measured(available, " MB", "min", limit) * bool(details), ""),
+        ("running", f"{running} of at most {at_most}", ""),
+        ("units", ", ".join(counts), ""),
+        ("actions", ", ".join(status["actions"]), ""),
+    ]
 
 
 PAGE_STYLE = """
@@ -4364,16 +4295,27 @@ def render_page(status: Json, details: Json) -> str:
     name = html.escape(f"{status['host']}:{status['port']}")
     tag = f" <small>{html.escape(details['tag'])}</small>" if details["tag"] else ""
     about = f"crowdnode {status['version']}, up {ago(status['uptime'])}, process "
+    rows = "".join(
+        f"<dt>{title.capitalize()}</dt><dd{' class=bad' * (mood == 'bad')}>"
+        f"{html.escape(text)}</dd>"
+        for title, text, mood in facts(status, details)
+        if text
+    )
+    running = unit_rows(status["running"], details["time_limits"])
+    waiting = unit_rows(details["waiting"], {})
+    heads = "unit action stage pid since limit"
+    limits = (details["max_load"], details["min_free_memory"], None)
+    titles = ("load average", "free memory, MB", "units a minute")
+    columns = [list(column) for column in zip(*details["history"])] or [[], [], []]
     body = [
-        f"<h1>{name}{tag}</h1><small>{about}{status['pid']}</small>",
-        render_facts(status, details),
-        render_units("Running", status["running"], details["time_limits"]),
-        render_units(
-            f"Waiting for central ({status['unreported']})", details["waiting"], {}
-        ),
-        render_history(details),
-        render_recent(details["recent"]),
-    ]
+        f"<h1>{name}{tag}</h1><small>{about}{status['pid']}</small><dl>{rows}</dl>",
+        render_table("Running", heads, running),
+        render_table(f"Waiting for central ({status['unreported']})", heads, waiting),
+        "<h2>The last hour</h2>",
+        *map(render_plot, titles, columns, limits),
+        render_table("Ended last", "unit action stage at took how",
+                     [recent_row(unit) for unit in details["recent"]]),
+    ]  # fmt: skip
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -4384,115 +4326,39 @@ def render_page(status: Json, details: Json) -> str:
     )
 
 
-def ago(seconds: float | None) -> str:
-    """Return a length of time for people."""
-    if seconds is None:
-        return "never"
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def render_facts(status: Json, details: Json) -> str:
-    """Return the list at the top: central, work, load, memory, counts."""
-    central, counts = status["central"], status["counts"]
-    answered = details["answered_ago"]
-    when = f"answered {ago(answered)} ago" if answered is not None else "never answered"
-    work = "accepted"
-    if status["overloaded"]:
-        work = f"refused for {ago(details['refused_for'] or 0)}: {status['reason']}"
-    rows = (
-        ("Work", work, status["overloaded"]),
-        ("Central", f"{central['url']}, {when}", False),
-        ("", central["error"], True),
-        ("Load", measured(status["load_average"], "", "max", details["max_load"]),
-         False),
-        ("Free memory", measured(
-            status["free_memory"], " MB", "min", details["min_free_memory"]), False),
-        ("Available", measured(
-            details["available_memory"], " MB", "min",
-            details["min_available_memory"]), False),
-        ("Workers", f"{len(status['running'])} of at most "
-         f"{status['max_workers'] or 'any number'}", False),
-        ("Units", ", ".join(f"{count} {kind.replace('_', ' ')}"
-                            for kind, count in counts.items()), False),
-        ("Actions", ", ".join(status["actions"]), False),
-    )  # fmt: skip
-    return "<dl>{}</dl>".format(
-        "".join(
-            f"<dt>{title}</dt><dd{' class=bad' if is_bad else ''}>"
-            f"{html.escape(str(text))}</dd>"
-            for title, text, is_bad in rows
-            if text
-        )
-    )
-
-
-def measured(now: float | None, unit: str, word: str, limit: float | None) -> str:
-    """Return a value, and its limit where there is one."""
-    text = "unknown" if now is None else f"{now:.2f}" if not unit else f"{now:.0f}"
-    return text + unit * (now is not None) + (f", {word} {limit:g}" if limit else "")
-
-
 def render_table(title: str, heads: str, rows: list[list[str]]) -> str:
     """Return a table; *heads*: separated by blanks; each cell is HTML."""
     if not rows:
         return f"<h2>{title}</h2><p class=none>none</p>"
     head = "".join(f"<th>{word}</th>" for word in heads.split())
-    lines = "".join(
-        "<tr>{}</tr>".format("".join(f"<td>{cell}</td>" for cell in row))
-        for row in rows
-    )
+    lines = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
     return f"<h2>{title}</h2><section><table><tr>{head}</tr>{lines}</table></section>"
 
 
-def unit_cells(unit: Json) -> list[str]:
-    """Return the cells that each table of units begins with."""
-    return [html.escape(str(unit[key])) for key in ("id", "action", "stage", "pid")]
+def unit_cells(unit: Json, *keys: str) -> list[str]:
+    """Return the cells of a unit's *keys*."""
+    return [html.escape(str(unit[key])) for key in keys]
 
 
-def render_units(title: str, units: list[Json], limits: dict[str, float | None]) -> str:
-    """Return a table of units, with a meter of their time limits."""
+def unit_rows(units: list[Json], limits: dict[str, float | None]) -> list[list[str]]:
+    """Return a row for each unit, with a meter of its time limit."""
     rows = []
     for unit in units:
         limit, seconds = limits.get(unit["action"]), unit["seconds"]
         bar = f'<meter max="{limit:g}" value="{seconds:g}"></meter>' if limit else ""
-        rows.append([*unit_cells(unit), ago(seconds), bar])
-    return render_table(title, "unit action stage pid since limit", rows)
+        cells = unit_cells(unit, "id", "action", "stage", "pid")
+        rows.append([*cells, ago(seconds), bar])
+    return rows
 
 
-def render_recent(units: list[Json]) -> str:
-    """Return a table of the units that ended last."""
-    rows = []
-    for unit in units:
-        how = unit["how"].replace("_", " ")
-        how = html.escape(f"{how}: {unit['reason']}" if unit["reason"] else how)
-        if unit["how"] != "succeeded":
-            how = f"<span class=bad>{how}</span>"
-        at = time.strftime("%H:%M:%S", time.localtime(unit["at"]))
-        rows.append([*unit_cells(unit)[:3], at, ago(unit["seconds"]), how])
-    return render_table("Ended last", "unit action stage at took how", rows)
-
-
-def render_history(details: Json) -> str:
-    """Return the plots of the last hour."""
-    plots = "".join(
-        render_plot(title, [minute[column] for minute in details["history"]], limit)
-        for column, (title, limit) in enumerate(
-            (
-                ("load average", details["max_load"]),
-                ("free memory, MB", details["min_free_memory"]),
-                ("units a minute", None),
-            )
-        )
-    )
-    return f"<h2>The last hour</h2>{plots}"
-
-
-def brief(value: float) -> str:
-    """Return a number with three digits or more."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def recent_row(unit: Json) -> list[str]:
+    """Return the row of a unit that has ended."""
+    how, reason = unit["how"].replace("_", " "), unit["reason"]
+    how = html.escape(f"{how}: {reason}" if reason else how)
+    if unit["how"] != "succeeded":
+        how = f"<span class=bad>{how}</span>"
+    at = time.strftime("%H:%M:%S", time.localtime(unit["at"]))
+    return [*unit_cells(unit, "id", "action", "stage"), at, ago(unit["seconds"]), how]
 
 
 def render_plot(title: str, values: list[float | None], limit: float | None) -> str:
@@ -4500,18 +4366,18 @@ def render_plot(title: str, values: list[float | None], limit: float | None) -> 
     known = [value for value in values if value is not None]
     if not known:
         return f"<figure><figcaption>{title}: nothing yet</figcaption></figure>"
-    top = max(*known, limit or 0, 1e-9) * 1.05
-    start = 60 - len(values)
+    top, start = max(*known, limit or 0, 1e-9) * 1.05, 60 - len(values)
     points = " ".join(
-        f"{start + place},{100 - 100 * value / top:.1f}"
-        for place, value in enumerate(values)
+        f"{place},{100 - 100 * value / top:.1f}"
+        for place, value in enumerate(values, start)
         if value is not None
     )
-    height = 100 - 100 * (limit or 0) / top
-    line = (
-        f'<line x1="0" x2="59" y1="{height:.1f}" y2="{height:.1f}"/>' if limit else ""
+    height = f"{100 - 100 * (limit or 0) / top:.1f}"
+    line = f'<line x1="0" x2="59" y1="{height}" y2="{height}"/>' if limit else ""
+    now, low, high = (
+        f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (known[-1], min(known), max(known))
     )
-    now, low, high = map(brief, (known[-1], min(known), max(known)))
     caption = f"{title}: {now} now, {low} to {high}"
     return (
         f"<figure><figcaption>{caption}</figcaption>"
@@ -4531,12 +4397,12 @@ FORM_FIELDS = 1000
 OVERLOADED_MESSAGE = "Node Overloaded"  # the body by which central knows a refusal
 FORM_TYPE = "application/x-www-form-urlencoded"
 TEXT_TYPE = "text/plain;charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CHALLENGE = 'WWW-Authenticate: Basic realm="CloudCrowd"\r\n'
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "LINK", "UNLINK")
 
 
 class BadRequest(Exception):
-    """A request that is itself at fault: *status*, a sentence for its sender, a header."""
+    """A request at fault: a sentence for its sender, a status, a header."""
 
     def __init__(self, sentence: str, status: int = 400, header: str = "") -> None:
         super().__init__(sentence)
@@ -4545,8 +4411,7 @@ class BadRequest(Exception):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server that binds without HTTPServer's look-up of its own name, which can take
-    minutes."""
+    """A server without HTTPServer's look-up of its own name, which can take minutes."""
 
     def server_bind(self) -> None:
         """Bind; keep the address."""
@@ -4559,15 +4424,14 @@ class NodeServer(Server):
     """Listens for central: a thread for each connection, one request on each.
 
     A request has a deadline as a whole: after it, reading from its connection is shut
-    down.  The oldest unfinished one goes when there are too many, so that central always
-    gets in."""
+    down.  The oldest unfinished one goes when there are too many: central gets in."""
 
     request_queue_size = MAX_CONNECTIONS
     node: Node
 
     def __init__(self, config: Config, port: int, listener: int | None = None) -> None:
         """Bind and listen, or go on with *listener*, a descriptor.  Raises OSError."""
-        # When each connection came; None once its request is read, 0 after its deadline.
+        # When each came; None once its request is read, 0 after its deadline.
         self.connections: dict[Any, float | None] = {}
         self.lock = threading.Lock()
         if ":" in config.bind:
@@ -4625,13 +4489,12 @@ class NodeServer(Server):
         if that is *age* seconds old; return whether there was one."""
         with self.lock:
             for request, since in self.connections.items():
-                if since:
-                    if time.monotonic() - since < age:
-                        return False
-                    self.connections[request] = 0.0
-                    with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RD)
-                    return True
+                if not since or time.monotonic() - since < age:
+                    continue
+                self.connections[request] = 0.0
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)
+                return True
         return False
 
     def shutdown_request(self, request: Any) -> None:
@@ -4654,11 +4517,7 @@ class NodeServer(Server):
 
 
 def http_answer(
-    status: int,
-    body: str,
-    kind: str = TEXT_TYPE,
-    header: str = "",
-    with_body: bool = True,
+    status: int, body: str, kind: str = TEXT_TYPE, header: str = ""
 ) -> bytes:
     """Return an HTTP answer, to be sent at once."""
     data = body.encode("utf-8", "replace")
@@ -4667,7 +4526,7 @@ def http_answer(
         f"Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
         "Connection: close\r\nServer: crowdnode\r\n\r\n"
     )
-    return head.encode("latin-1") + (data if with_body else b"")
+    return head.encode("latin-1") + data
 
 
 class NodeHandler(http.server.BaseHTTPRequestHandler):
@@ -4682,19 +4541,19 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
         """Read one request and answer it, so that the sender can read the answer."""
         self.command = self.path = ""
         self.is_read = False
-        self.fields: dict[str, list[str]] = {}  # the headers, by name in lower case
+        self.fields: dict[str, str] = {}  # the headers, by name in lower case
         try:
             try:
                 if not self.read_head():
                     return  # connected and closed, as port scanners do
                 self.answer()
             except BadRequest as error:
-                self.reply(error.status, str(error), header=error.header)
+                self.reply(str(error), error.status, header=error.header)
             except OSError:
                 raise
             except Exception:
                 log.exception("%s %s failed", self.command, self.path[:200])
-                self.reply(500, "This is a fault of the node; its log has more.")
+                self.reply("This is a fault of the node; its log has more.", 500)
             if not self.is_read:  # closed with unread bytes, the connection is reset
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(2)
@@ -4709,30 +4568,31 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
 
         http.server's parse_request has the email package parse the headers, which takes
         0.1 ms, 7 % of a unit, and 6 MB of them.  Raises BadRequest."""
-        left = HEAD_LIMIT
-        lines: list[str] = []
-        while not lines or lines[-1]:
-            line = self.rfile.readline(left + 1)
-            left -= len(line)
-            if left < 0:
+        head = b""
+        while not head.strip() or not head.endswith((b"\n\n", b"\n\r\n")):
+            head += self.rfile.readline(HEAD_LIMIT + 1 - len(head))
+            if len(head) > HEAD_LIMIT:
+                status = 431 if b"\n" in head.lstrip() else 414
                 sentence = f"The request's head has over {HEAD_LIMIT} bytes."
-                raise BadRequest(sentence, 431 if lines else 414)
-            if not line.endswith(b"\n"):
-                if not line and not lines and self.server.connections.get(self.request):
-                    return False
+                raise BadRequest(sentence, status)
+            if not head and self.server.connections.get(self.request):
+                return False
+            if not head.endswith(b"\n"):
                 raise self.cut_short("head")
-            if lines or line.strip():  # an empty line may come first (RFC 9112, 2.2)
-                lines.append(line.decode("latin-1").rstrip("\r\n"))
-        words = lines[0].split()
-        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[0-9]", words[2]):
+        first, *lines = re.split(r"\r?\n", head.decode("latin-1").strip("\r\n"))
+        match = re.fullmatch(r"(\S+)\s+(\S+)\s+(HTTP/1\.[0-9])\s*", first)
+        if not match:
             raise BadRequest("The request's first line is not METHOD PATH HTTP/1.1.")
-        self.command, self.path, version = words
-        for text in lines[1:-1]:
-            name, colon, value = text.partition(":")
+        self.command, self.path, version = match.groups()
+        for line in lines:
+            name, colon, value = line.partition(":")
             if not colon or name != name.strip():
                 raise BadRequest("A header is not NAME: VALUE.")
-            self.fields.setdefault(name.lower(), []).append(value.strip())
-        if self.header("expect").lower() == "100-continue" and version != "HTTP/1.0":
+            earlier = self.fields.get(name.lower())
+            value = value.strip() if earlier is None else f"{earlier}, {value.strip()}"
+            self.fields[name.lower()] = value
+        expected = self.fields.get("expect", "").lower()
+        if expected == "100-continue" and version != "HTTP/1.0":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
@@ -4742,58 +4602,40 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
             return BadRequest("The request was too slow.", 408)
         return BadRequest(f"The {what} has ended too early.")
 
-    def header(self, name: str, default: str = "") -> str:
-        """Return the value of a header, the first if there are several."""
-        return self.fields.get(name, [default])[0]
-
     def read_body(self) -> bytes:
         """Read the body before anything is answered: central would lose an answer that
         is sent over unread bytes, and drop this node.  Raises BadRequest."""
-        lengths = set(self.fields.get("content-length", []))
+        length = self.fields.get("content-length")
         is_chunked = "transfer-encoding" in self.fields
-        if is_chunked or not lengths:
-            self.is_read = not is_chunked and self.command != "POST"
-            if self.command == "POST" and self.path.partition("?")[0] == "/work":
+        if is_chunked or length is None:
+            if self.command == "POST":
                 raise BadRequest("A Content-Length is needed.", 411)
+            self.is_read = not is_chunked
             return b""
-        text = lengths.pop()
-        if lengths or not re.fullmatch(r"[0-9]{1,18}", text):
+        if not re.fullmatch(r"[0-9]{1,18}", length):
             raise BadRequest("The Content-Length is not a single number.")
-        limit = self.server.node.config.max_request_size
-        left, is_too_large = int(text), int(text) > limit * MEGABYTE
+        left, limit = int(length), self.server.node.config.max_request_size
+        is_too_large = left > limit * MEGABYTE
         body = self.rfile.read(READ_SIZE if is_too_large else left)
         left -= len(body)
         while is_too_large and left:
             piece = self.rfile.read(min(left, MEGABYTE))
-            left -= len(piece)
             if not piece:
                 break
+            left -= len(piece)
         if left:
             raise self.cut_short("body")
         self.is_read = True
-        return self.too_large_unit(body, limit) if is_too_large else body
-
-    def too_large_unit(self, body: bytes, limit: float) -> bytes:
-        """Return a form with a unit that fails, in place of one that is too large.
-
-        Central would send it for ever, and end each of its rounds with it.  Raises
-        BadRequest where the unit's id can't be read from the beginning, *body*."""
-        sentence = f"The request is over max_request_size, {limit:g} MB."
-        text = unquoted(body).decode("utf-8", "replace")
-        id, job_id = (re.search(rf'"{key}": ?(\d+)', text) for key in ("id", "job_id"))
-        if not id or not text.startswith("work_unit="):
-            raise BadRequest(sentence, 413)
-        unit = {"id": int(id[1]), "job_id": int(job_id[1]) if job_id else 0}
-        unit = {**unit, "action": "", "input": "", "status": PROCESSING}  # type: ignore[dict-item]
-        unit[TOO_LARGE] = sentence  # type: ignore[assignment]
-        return form_encoded([("work_unit", json.dumps(unit).encode())])
+        return too_large_unit(body, limit) if is_too_large else body
 
     def reply(
-        self, status: int, body: str, kind: str = TEXT_TYPE, header: str = ""
+        self, body: str, status: int = 200, kind: str = TEXT_TYPE, header: str = ""
     ) -> None:
         """Send the whole answer.  Raises OSError where the peer has gone."""
-        with_body = self.command != "HEAD"
-        self.connection.sendall(http_answer(status, body, kind, header, with_body))
+        data = http_answer(status, body, kind, header)
+        if self.command == "HEAD":
+            data = data[: data.index(b"\r\n\r\n") + 4]
+        self.connection.sendall(data)
 
     def answer(self) -> None:
         """Answer the request whose head has been read.  Raises BadRequest."""
@@ -4803,36 +4645,34 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
         self.server.connections[self.request] = None  # it has no deadline any more
         method = "GET" if self.command == "HEAD" else self.command
         if method == "POST":  # Rack's method override; protocol.md, "The unit"
-            override = self.header("x-http-method-override")
-            override = fields.get("_method", override).upper()
-            method = override if override in METHODS else "POST"
-        route = (method, path)
-        if route == ("GET", "/heartbeat"):
-            self.reply(200, HEARTBEAT)
-        elif route == ("POST", "/work"):
+            override = self.fields.get("x-http-method-override", "")
+            method = fields.get("_method", override).upper() or "POST"
+        route = f"{method} {path}"
+        if route == "GET /heartbeat":
+            self.reply(HEARTBEAT)
+        elif route == "POST /work":
             self.accept_unit(fields)
-        elif route == ("GET", "/status"):
-            self.reply(200, json.dumps(node.status()), "application/json")
-        elif route == ("GET", "/metrics"):
-            text = metrics_text(node.status(), node.counters)
-            self.reply(200, text, "text/plain; version=0.0.4; charset=utf-8")
-        elif route == ("GET", "/"):
+        elif route == "GET /status":
+            self.reply(json.dumps(node.status()), kind="application/json")
+        elif route == "GET /metrics":
+            self.reply(metrics_text(node.status(), node.counters), kind=METRICS_TYPE)
+        elif route == "GET /":
             page = render_page(node.status(), node.details())
-            self.reply(200, page, "text/html; charset=utf-8", page_policy())
+            self.reply(page, 200, "text/html; charset=utf-8", page_policy())
         else:
             raise BadRequest("Not Found", 404)
 
     def require_login(self) -> None:
         """Raise BadRequest unless the credentials are right.
 
-        As Rack's Basic authentication: another scheme, or what does not decode, is 400."""
+        As Rack has it: another scheme, or what does not decode, is 400."""
         config = self.server.node.config
         if not config.http_authentication:
             return
         refusal = BadRequest("Authorization Required", 401, CHALLENGE)
         if "authorization" not in self.fields:
             raise refusal
-        scheme, _, credentials = self.header("authorization").partition(" ")
+        scheme, _, credentials = self.fields["authorization"].partition(" ")
         try:
             pair = base64.b64decode(credentials.strip(), validate=True)
         except ValueError:
@@ -4850,13 +4690,13 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
                 path = str(urllib.parse.urlsplit(path).path)
             fields = form_fields(query.encode("latin-1"))
             body = self.read_body()
-            kind = self.header("content-type").partition(";")[0].strip().lower()
+            kind = self.fields.get("content-type", "").partition(";")[0].strip().lower()
             if kind in ("", FORM_TYPE) and self.command == "POST":
                 fields.update(form_fields(body))
+        except UnicodeError as error:
+            raise BadRequest(f"The form is not UTF-8: {error}.") from None
         except ValueError as error:
-            is_text = not isinstance(error, UnicodeError)
-            what = "can't be read" if is_text else "is not UTF-8"
-            raise BadRequest(f"The form {what}: {error}.") from None
+            raise BadRequest(f"The form can't be read: {error}.") from None
         return path, fields
 
     def accept_unit(self, fields: dict[str, str]) -> None:
@@ -4871,12 +4711,12 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
             unit = node.accept(request)
         except NodeOverloaded as error:
             try:
-                return self.reply(503, OVERLOADED_MESSAGE)
+                return self.reply(OVERLOADED_MESSAGE, 503)
             finally:  # central takes this node for busy from now on
                 node.refused(str(error))
         is_written = False
         try:
-            self.reply(200, f'{{"pid":{unit.worker}}}', "application/json")
+            self.reply(f'{{"pid":{unit.worker}}}', kind="application/json")
             is_written = True
         finally:
             node.replied(unit, is_written)
@@ -4890,16 +4730,29 @@ def form_fields(form: bytes) -> dict[str, str]:
     if len(pairs) > FORM_FIELDS:
         raise ValueError(f"it has over {FORM_FIELDS} fields")
     split = (pair.partition(b"=") for pair in pairs if pair)
-    return {
-        unquoted(name).decode(): unquoted(value).decode() for name, _, value in split
-    }
+    return {unquoted(key).decode(): unquoted(value).decode() for key, _, value in split}
 
 
 def unquoted(value: bytes) -> bytes:
-    """Return the bytes of a form's *value*, by way of quoted-printable: 50 times as fast
-    as urllib.parse, in a tenth of its memory."""
+    """Return the bytes of a form's *value*, by way of quoted-printable: 50 times as
+    fast as urllib.parse, in a tenth of its memory."""
     value = value.replace(b"=", b"=3D").replace(b"+", b" ").replace(b"%", b"=")
     return binascii.a2b_qp(value)
+
+
+def too_large_unit(start: bytes, limit: float) -> bytes:
+    """Return a form with a unit that fails, in place of one that is too large.
+
+    Central would send it for ever, and end each of its rounds with it.  Raises
+    BadRequest where the unit's id can't be read from the form's *start*."""
+    sentence = f"The request is over max_request_size, {limit:g} MB."
+    text = unquoted(start).decode("utf-8", "replace")
+    id, job_id = (re.search(rf'"{key}": ?(\d+)', text) for key in ("id", "job_id"))
+    if not id or not text.startswith("work_unit="):
+        raise BadRequest(sentence, 413)
+    unit: Json = {"id": int(id[1]), "job_id": int(job_id[1]) if job_id else 0}
+    unit.update({"action": "", "input": "", "status": PROCESSING, TOO_LARGE: sentence})
+    return form_encoded([("work_unit", json.dumps(unit).encode())])
 
 
 def parse_unit(text: str) -> Json:
@@ -4910,25 +4763,25 @@ def parse_unit(text: str) -> Json:
         raise BadRequest(f"work_unit is not JSON: {error}") from None
     if not isinstance(unit, dict):
         raise BadRequest("work_unit is not a JSON object")
+    if is_nested_deeper(
+        unit, NESTING_LIMIT
+    ):  # Ruby can't write it; Python might fail later
+        raise BadRequest(f"work_unit is nested more than {NESTING_LIMIT} deep")
     for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
         if unit.get(key) is None:
             unit[key] = default
     for key in ("id", "job_id"):
-        value = unit.get(key)
-        is_plain = isinstance(value, (int, str)) and not isinstance(value, bool)
-        if not is_plain or not UNIT_ID.fullmatch(str(value)):
+        is_plain = type(unit.get(key)) in (int, str)
+        if not is_plain or not UNIT_ID.fullmatch(str(unit[key])):
             rule = "a whole number or 1 to 64 of A-Za-z0-9_-"
             raise BadRequest(f"the unit's {key} is not {rule}")
-    if isinstance(unit.get("status"), bool) or unit.get("status") not in list(STAGES):
+    if type(unit.get("status")) is not int or unit["status"] not in STAGES:
         raise BadRequest("the unit's status is unknown: 1 process, 4 split, 5 merge")
-    for key, kind, name in (
-        ("input", str, "a string"),
-        ("action", str, "a string"),
-        ("options", dict, "an object"),
-        ("attempts", int, "a number"),
-    ):
+    kinds = {str: "a string", dict: "an object", int: "a number"}
+    keys = {"input": str, "action": str, "options": dict, "attempts": int}
+    for key, kind in keys.items():
         if not isinstance(unit.get(key), kind):
-            raise BadRequest(f"the unit's {key} is not {name}")
+            raise BadRequest(f"the unit's {key} is not {kinds[kind]}")
     return unit
 
 
@@ -4938,13 +4791,13 @@ def parse_unit(text: str) -> Json:
 
 
 class Task:
-    """A work unit as central sees it.  place: where its output belongs in the job's."""
+    """A work unit as central sees it."""
 
     def __init__(
         self, id: int, place: tuple[int, ...], status: int, input: str
     ) -> None:
         self.id = id
-        self.place = place
+        self.place = place  # of its output in the job's
         self.status = status
         self.input = input
         self.attempts = 0
@@ -4952,15 +4805,39 @@ class Task:
         self.reason: str | None = None  # why it failed for good
 
 
-class LocalCentral:
-    """A central server for one job and one node, with CloudCrowd's stages and retries.
+class LocalCentralHandler(http.server.BaseHTTPRequestHandler):
+    """Passes the node's calls to the LocalCentral."""
 
-    It speaks the seed's dialect: it records a pid before it takes a report.  config: the
-    node's, for both have the same credentials; action, stages, options: the job's."""
+    server: LocalCentral
+
+    def do_PUT(self) -> None:
+        """Handle a check-in, a check-out or a report."""
+        status = 401
+        if self.headers.get("Authorization") == basic_credentials(self.server.config):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status = self.server.answer(self.command, self.path, form_fields(body))
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_DELETE = do_PUT
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep no access log."""
+
+
+class LocalCentral(Server):
+    """A central server for one job and one node, with CloudCrowd's stages and retries,
+    on a free loopback port.
+
+    It speaks the seed's dialect: it records a pid before it takes a report.  config:
+    the node's, for both have the same credentials; action and the rest: the job's."""
 
     def __init__(
         self, config: Config, action: str, stages: list[str], options: Json
     ) -> None:
+        super().__init__(("127.0.0.1", 0), LocalCentralHandler)
+        self.port = int(self.server_address[1])
         self.config = config
         self.action = action
         self.stages = stages
@@ -4980,21 +4857,14 @@ class LocalCentral:
         self.room = 0
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def start(self) -> int:
-        """Listen on a free loopback port and start to dispatch; return the port."""
-        server = LocalCentralServer(("127.0.0.1", 0), LocalCentralHandler)
-        server.central = self
-        start_thread(server.serve_forever)
-        start_thread(self._dispatch)
-        return int(server.server_address[1])
-
-    def add_inputs(self, inputs: list[str]) -> None:
+    def start(self, inputs: list[str]) -> None:
         """Start the job."""
         status = SPLITTING if "split" in self.stages else PROCESSING
-        with self.changed:
-            for number, input in enumerate(inputs):
-                self._add((number,), status, input)
-            self._advance()
+        for number, input in enumerate(inputs):
+            self._add((number,), status, input)
+        self._advance()
+        start_thread(self.serve_forever)
+        start_thread(self._dispatch)
 
     def outputs(self) -> list[Any]:
         """Return the job's outputs, in the order of its inputs."""
@@ -5004,18 +4874,16 @@ class LocalCentral:
         tasks = sorted(self.done + self.failures, key=lambda task: task.place)
         return [task.output for task in tasks]
 
-    def request(self, method: str, path: str, fields: dict[str, str]) -> int:
+    def answer(self, method: str, path: str, fields: dict[str, str]) -> int:
         """Handle a call of the node; return the status to answer."""
         kind, _, name = path.strip("/").partition("/")
         with self.changed:
             if kind == "node" and method == "DELETE":
                 self._release()
-            elif kind == "node" and "port" in fields:
+            elif kind == "node":
                 self.node, self.was_known = f"{name}:{fields['port']}", True
                 self.is_busy = fields.get("busy") == "true"
                 self.room = int(fields.get("max_workers") or 0)
-            elif kind == "node":
-                return 500  # the other dialect
             else:
                 task = self.sent.pop(int(name), None) if name.isdigit() else None
                 if kind != "work" or task is None:
@@ -5084,20 +4952,20 @@ class LocalCentral:
             if status == 200:
                 continue
             with self.changed:
-                if self.sent.pop(task.id, None) is not None:
-                    if status in (400, 413):  # the node will never take it
-                        self._fail(task, reason)
-                    else:
-                        self.pending.appendleft(task)
-                self.is_busy = status == 503
                 if status not in (400, 413, 503):
                     self._release()
+                elif self.sent.pop(task.id, None):
+                    self.is_busy = status == 503
+                    if self.is_busy:
+                        self.pending.appendleft(task)
+                    else:  # the node will never take it
+                        self._fail(task, reason)
 
     def _post(self, node: str, task: Task) -> tuple[int, str]:
         """Send a unit to the node; return the status, 0 without an answer, and why."""
+        unit = {"job_id": self.job_id, "action": self.action, "options": self.options}
         keys = ("id", "input", "attempts", "status")
-        unit = {key: getattr(task, key) for key in keys}
-        unit.update(job_id=self.job_id, action=self.action, options=self.options)
+        unit.update((key, getattr(task, key)) for key in keys)
         data = form_encoded([("work_unit", json.dumps(unit).encode())])
         headers = {"Authorization": basic_credentials(self.config)}
         request = urllib.request.Request(f"http://{node}/work", data, headers)
@@ -5118,82 +4986,37 @@ def flattened(value: Any) -> list[Any]:
     return [item for element in value for item in flattened(element)]
 
 
-class LocalCentralServer(Server):
-    """Listens for the node."""
-
-    central: LocalCentral
-
-
-class LocalCentralHandler(http.server.BaseHTTPRequestHandler):
-    """Passes the node's calls to the LocalCentral."""
-
-    server: LocalCentralServer
-
-    def do_PUT(self) -> None:
-        """Handle a check-in or a report."""
-        central, status = self.server.central, 401
-        if self.headers.get("Authorization") == basic_credentials(central.config):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status = central.request(self.command, self.path, form_fields(body))
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_DELETE = do_PUT
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep no access log."""
-
-
 class LocalRun:
     """One job on this machine: a LocalCentral, a real node, its workers; progress and
     failures on standard error."""
 
-    def __init__(
-        self,
-        config: Config,
-        options: Json,
-        inputs: list[str],
-        arguments: argparse.Namespace,
-    ) -> None:
+    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         loader, action = ActionLoader(config, BUILT_IN_ACTIONS), arguments.run
         actions = loader.load()
         if action not in actions:
             problems = "".join(f"\n{sentence}" for _, sentence in loader.problems)
             remedy = nearest(action, sorted(actions)) if actions else "there is none"
             raise UsageError(f"--run {action}: no such action: {remedy}{problems}")
-        self.arguments = arguments
         if arguments.output is not None:
             check_output(arguments.output)
-        self.inputs = inputs
+        self.arguments = arguments
         self.directory = tempfile.mkdtemp(prefix="crowdnode-")
         self.log_path = os.path.join(self.directory, "log")
         self.config_path = os.path.join(self.directory, "crowdnode.conf")
-        # The user's configuration, on loopback, in a directory of its own, and with a
-        # password, so that nobody else on this machine can send the node work.
-        changes: Json = {
-            "host": "127.0.0.1",
-            "bind": "127.0.0.1",
-            "port": 0,
-            "dialect": "seed",
-            "tag": None,
-            "allow": [],
-            "http_authentication": True,
-            "login": "run",
-            "password": os.urandom(16).hex(),
-            "state_path": self.directory,
-            "temp_storage_path": os.path.join(self.directory, "work"),
-            "max_workers": config.max_workers or processors(),
-            "drain_time": 0.0,
-            # A job that somebody asks for runs now.
-            "max_load": None,
-            "min_free_memory": None,
-            "min_available_memory": None,
-        }
-        config = Config({**vars(config), **changes})
-        self.central = LocalCentral(config, action, stages_of(actions[action]), options)
-        url = f"http://127.0.0.1:{self.central.start()}"
-        write_config(Config({**vars(config), "central_server": url}), self.config_path)
+        # The user's configuration, but on loopback, for this job alone and at once.
+        values = {**vars(config), "max_workers": config.max_workers or processors()}
+        values.update(host="127.0.0.1", bind="127.0.0.1", port=0, dialect="seed")
+        values.update(tag=None, allow=[], drain_time=0.0, max_load=None)
+        values.update(min_free_memory=None, min_available_memory=None)
+        # Nobody else on this machine can send the node work.
+        password = os.urandom(16).hex()
+        values.update(http_authentication=True, login="run", password=password)
+        work = os.path.join(self.directory, "work")
+        values.update(state_path=self.directory, temp_storage_path=work)
+        config, stages = Config(values), stages_of(actions[action])
+        self.central = LocalCentral(config, action, stages, arguments.options)
+        vars(config)["central_server"] = f"http://127.0.0.1:{self.central.port}"
+        write_config(config, self.config_path)
         self.node: subprocess.Popen[bytes] | None = None
         self.began = time.monotonic()
         self.shown = 0  # failures
@@ -5204,20 +5027,18 @@ class LocalRun:
         for number in NODE_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._interrupt)
+        failures = self.central.failures
         try:
-            self.central.add_inputs(self.inputs)
+            self.central.start(self.arguments.inputs)
             self._wait()
         except KeyboardInterrupt:
             self._say("interrupted")
             return EXIT_INTERRUPTED
         finally:
-            try:
-                self._clean_up()
-            except KeyboardInterrupt:  # there is no second one
-                self._clean_up()
-        if not self.arguments.fail_fast or not self.central.failures:
+            self._clean_up()
+        if not self.arguments.fail_fast or not failures:
             self._write(self.central.outputs())
-        return EXIT_FAILED if self.central.failures else EXIT_OK
+        return EXIT_FAILED if failures else EXIT_OK
 
     def _interrupt(self, number: int, frame: Any) -> None:
         """End the job at the first signal; people press Ctrl-C more than once."""
@@ -5227,13 +5048,10 @@ class LocalRun:
 
     def _write(self, outputs: list[Any]) -> None:
         path = self.arguments.output
+        self.is_over = False  # the reader of a pipe may never come
         if path is None:
             is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-            print(json.dumps(outputs, ensure_ascii=not is_utf8))
-            return
-        for number in NODE_SIGNALS:  # the reader of a pipe may never come
-            if signal.getsignal(number) == self._interrupt:
-                signal.signal(number, signal.SIG_DFL)
+            return print(json.dumps(outputs, ensure_ascii=not is_utf8))
         try:
             with open(path, "wb") as file:
                 file.write(json.dumps(outputs, ensure_ascii=False).encode() + b"\n")
@@ -5263,7 +5081,7 @@ class LocalRun:
                     stderr=output,
                     start_new_session=True,  # Ctrl-C comes here, and we stop the node
                 )
-        self._show_failures()
+        self._show_progress()
         if central.failures:  # who tries an action out wants its tracebacks
             for line in self._log_tail().splitlines():
                 if " output: " in line:
@@ -5277,38 +5095,30 @@ class LocalRun:
 
     def _show_progress(self) -> None:
         """Print new failures, and on a terminal a bar."""
-        self._show_failures()
+        central = self.central
+        for task in central.failures[self.shown :]:
+            input = self.arguments.inputs[task.place[0]]
+            name = "merge" if task is central.merged else input
+            self._say(f"{name}: {task.reason}", always=True)
+            self.shown += 1
         if not sys.stderr.isatty() or self.arguments.quiet:
             return
-        central, running = self.central, len(self.central.sent)
+        running = len(central.sent)
         done = central.total - len(central.pending) - running
         bar = "#" * (20 * done // max(1, central.total))
         rate = done / max(0.001, time.monotonic() - self.began)
         left = f", {ago((central.total - done) / rate)} left" if rate else ""
         counts = f"{self._counts()}, {running} running, {rate:.1f}/s{left}"
-        sys.stderr.write(f"\r\033[K[{bar:<20}] {counts}")
-        sys.stderr.flush()
+        print(f"\r\033[K[{bar:<20}] {counts}", end="", file=sys.stderr, flush=True)
 
-    def _show_failures(self) -> None:
-        for task in self.central.failures[self.shown :]:
-            is_merge = task is self.central.merged
-            name = "merge" if is_merge else self.inputs[task.place[0]]
-            self._print(f"{name}: {task.reason}")
-            self.shown += 1
-
-    def _say(self, sentence: str) -> None:
-        if not self.arguments.quiet:
-            self._print(sentence)
-
-    def _print(self, sentence: str) -> None:
-        """Print a line in the place of the bar."""
+    def _say(self, sentence: str, always: bool = False) -> None:
+        """Print a line, in the place of the bar; with --quiet only if *always*."""
         clear = "\r\033[K" if sys.stderr.isatty() else ""
-        print(f"{clear}{sentence}", file=sys.stderr)
+        if always or not self.arguments.quiet:
+            print(f"{clear}{sentence}", file=sys.stderr)
 
     def _log_tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return read_file(self.log_path, OUTPUT_TAIL).decode("utf-8", "replace")
-        return ""
+        return read_file(self.log_path, OUTPUT_TAIL).decode("utf-8", "replace")
 
     def _clean_up(self) -> None:
         """Leave no process and no file, however impatient the user is."""
@@ -5328,18 +5138,18 @@ class LocalRun:
 def write_config(config: Config, path: str) -> None:
     """Write *config* so that load_config() reads the same."""
 
-    def text(value: Any) -> str:
+    def line(name: str, value: Any) -> str:
         if value is None or isinstance(value, bool):
-            return {None: "", True: "yes", False: "no"}[value]
-        if isinstance(value, list):
-            return " ".join(value)
-        return f"{value:f}" if isinstance(value, float) else str(value)
+            value = {None: "", True: "yes", False: "no"}[value]
+        elif isinstance(value, list):
+            value = " ".join(value)
+        elif isinstance(value, float):
+            value = f"{value:f}"  # not 1e-05
+        return f"{name} = {value}"
 
-    lines = ["[node]"]
-    lines += [f"{name} = {text(getattr(config, name))}" for name in NODE_KEYS]
+    lines = ["[node]", *(line(name, getattr(config, name)) for name in NODE_KEYS)]
     for action, values in config.actions.items():
-        lines.append(f"[action {action}]")
-        lines += [f"{name} = {text(value)}" for name, value in values.items()]
+        lines += [f"[action {action}]", *(line(*item) for item in values.items())]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
@@ -5358,11 +5168,11 @@ def check_output(path: str) -> None:
 
 def input_of(argument: str) -> str:
     """Return what central gets for an INPUT that is a file or a URL."""
+    if not argument:
+        raise UsageError("an INPUT is empty; use --strings for plain strings")
     if is_url(argument):
         return argument
     path = os.path.abspath(argument)
-    if not argument:
-        raise UsageError("an INPUT is empty; use --strings for plain strings")
     if os.path.isfile(path):
         return file_url(path)
     kind = "is a directory" if os.path.isdir(path) else "no such file, and not a URL"
@@ -5383,31 +5193,28 @@ def run_node(
     arguments: argparse.Namespace,
     started: Callable[[], None] = lambda: None,
 ) -> int:
-    """Be the node, with *lock* held, until a signal stops it; call *started* when it has
-    checked in.  Raises CrowdError."""
-    config = lock.config
-    node = None
+    """Be the node, with *lock* held, until a signal stops it; call *started* when it
+    has checked in.  Raises CrowdError."""
+    config, node = lock.config, None
+    lock_file, listener = arguments.inherit or (None, None)
     try:
-        set_up_log(
-            config.state_file("node.log") if arguments.daemon else None,
-            config.log_level,
-        )
+        path = config.state_file("node.log") if arguments.daemon else None
+        set_up_log(path, config.log_level)
+        lock.write()  # with --daemon, the parent took the lock
         prepare_directories(config)
         lock.lock_work()
-        if not arguments.attended:  # a job of --run may well save nothing
+        # A job of --run may save nothing; what ran before an upgrade goes on.
+        if not arguments.attended and not arguments.inherit:
             check_storage(config)
         call_c("mallopt", M_ARENA_MAX, 1)  # else each thread keeps memory of its own
-        call_c("malloc_trim", 0)  # what the compiler has freed
         become_subreaper()
         raise_descriptor_limit()
         log_problems(("warning", text) for text in preflight_warnings(config))
-        listener = arguments.inherit[1] if arguments.inherit else None
         server = listen(config, lock.earlier.get("port") or 0, listener)
-        node = server.node = Node(
-            config, int(server.server_address[1]), lock, load, server.finish,
-            inherited=listener is not None,
-        )  # fmt: skip
-        lock.write(port=node.port)
+        port, is_inherited = int(server.server_address[1]), listener is not None
+        node = Node(config, port, lock, load, server.finish, is_inherited)
+        server.node = node
+        lock.write(port=port)
         start_thread(server.serve_forever)
         if arguments.attended:
             start_thread(stop_at_end_of_input, node)
@@ -5415,17 +5222,15 @@ def run_node(
             execute_new_version(config, arguments, lock, server)
         return EXIT_OK
     except (CrowdError, OSError, RuntimeError) as error:
-        failed = error if isinstance(error, CrowdError) else None
-        failed = failed or CrowdError(f"can't start: {error}")
-        log.error("%s", failed)
-        raise failed from None
+        if not isinstance(error, CrowdError):
+            error = CrowdError(f"can't start: {error}")
+        log.error("%s", error)
+        raise error from None
     finally:
         if node and node.fork_server:
             node.fork_server.finish()
-        lock.release(
-            forget=not lock.content.get("checked_in")
-            or bool(node and node.is_checked_out)
-        )
+        is_known = lock.content.get("checked_in") and not (node and node.is_checked_out)
+        lock.release(forget=not is_known)
 
 
 def listen(config: Config, earlier: int, listener: int | None) -> NodeServer:
@@ -5449,28 +5254,27 @@ def execute_new_version(
     """Execute this program's file in this process, with the same lock and listener.
 
     Signals are blocked until the new version handles them.  Raises OSError."""
-    descriptors = (lock.descriptor, server.fileno())
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, True)
     command = [PYTHON, PROGRAM, *config.arguments()]
     command += ["--daemon"] if arguments.daemon else []
     command += [ATTENDED_FLAG] if arguments.attended else []
-    command += [INHERIT_FLAG, *map(str, descriptors)]
+    command.append(INHERIT_FLAG)
+    for descriptor in (lock.descriptor, server.fileno()):
+        os.set_inheritable(descriptor, True)
+        command.append(str(descriptor))
     signal.pthread_sigmask(signal.SIG_BLOCK, NODE_SIGNALS)
     os.execv(PYTHON, command)
 
 
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files, which macOS sets to 256."""
-    import resource
+    from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MAX_CONNECTIONS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY:
-            wanted = min(wanted, hard)
+    (soft, hard), wanted = getrlimit(RLIMIT_NOFILE), 4 * MAX_CONNECTIONS
+    if hard != RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            setrlimit(RLIMIT_NOFILE, (wanted, hard))
 
 
 def stop_at_end_of_input(node: Node) -> None:
@@ -5489,11 +5293,8 @@ def run_in_foreground(
     if arguments.inherit:
         lock.inherit(arguments.inherit[0])
     elif not lock.acquire(0.3):
-        holder = lock.holder() or {}
-        raise CrowdError(
-            f"a node runs here already, as process {holder.get('pid')} "
-            f"(state_path {config.state_path})"
-        )
+        pid, place = lock.read().get("pid"), f"(state_path {config.state_path})"
+        raise CrowdError(f"a node runs here already, as process {pid} {place}")
     return run_node(lock, load, arguments)
 
 
@@ -5508,7 +5309,11 @@ def run_in_background(
         if ask_node(lock, "/heartbeat"):
             return EXIT_OK
         if time.monotonic() > give_up:
-            replace_node(lock)
+            pid = lock.read().get("pid")
+            how = f"has not answered for {WEDGED_AFTER} s; replacing it"
+            print(f"crowdnode: the node (process {pid}) {how}", file=sys.stderr)
+            with contextlib.suppress(NotRunning):
+                end_node(lock, TERM_GRACE)
             give_up = time.monotonic() + WEDGED_AFTER
         time.sleep(0.1)
     reader, writer = os.pipe()
@@ -5516,7 +5321,12 @@ def run_in_background(
     if pid:
         os.close(writer)
         os.waitpid(pid, 0)
-        return report_start(reader, config)
+        with open(reader, encoding="utf-8") as pipe:  # until it runs, or says why not
+            status, _, message = pipe.read().partition(" ")
+        if message or not status:
+            message = message or f"the node died; see {config.state_file('node.log')}"
+            print(f"crowdnode: {message}", file=sys.stderr)
+        return int(status or EXIT_FAILED)
     os.close(reader)
     os.setsid()
     if os.fork():
@@ -5534,32 +5344,9 @@ def run_in_background(
             os.dup2(null, standard)
         return run_node(lock, load, arguments, lambda: tell(EXIT_OK))
     except (CrowdError, OSError) as error:
-        status = getattr(error, "status", EXIT_FAILED)
-        tell(status, str(error))
-        return int(status)
-
-
-def report_start(reader: int, config: Config) -> int:
-    """Wait until the background process has started, or says why it has not."""
-    with open(reader, "rb") as pipe:
-        status, _, message = pipe.read().decode().partition(" ")
-    if not status:
-        raise CrowdError(f"the node died; see {config.state_file('node.log')}")
-    if message:
-        print(f"crowdnode: {message}", file=sys.stderr)
-    return int(status)
-
-
-def replace_node(lock: NodeLock) -> None:
-    """End a node that holds the lock and does not answer."""
-    holder = lock.holder()
-    if holder:
-        print(
-            f"crowdnode: the node (process {holder.get('pid')}) has not answered for "
-            f"{WEDGED_AFTER} s; replacing it",
-            file=sys.stderr,
-        )
-        end_node(lock, TERM_GRACE)
+        code = error.status if isinstance(error, CrowdError) else EXIT_FAILED
+        tell(code, str(error))
+        return code
 
 
 def signal_node(lock: NodeLock, number: int) -> int:
@@ -5623,89 +5410,7 @@ def ask_node(lock: NodeLock, path: str) -> tuple[int, str] | None:
 # Command line.
 # ---------------------------------------------------------------------------
 
-
-def find_config() -> str | None:
-    """Return the path of the configuration file where none is named, or None."""
-    for directory in (os.getcwd(), os.path.dirname(PROGRAM)):
-        path = os.path.join(directory, "crowdnode.conf")
-        if os.path.exists(path):
-            return path
-    return None
-
-
-def stop_node(config: Config) -> int:
-    """Have the node check out and end, and wait until it has (--stop)."""
-    patience = config.drain_time + CHECK_OUT_TIMEOUT + TERM_GRACE
-    end_node(NodeLock(config), patience)
-    return EXIT_OK
-
-
-def reload_node(config: Config) -> int:
-    """Have the node read configuration and actions again (--reload)."""
-    signal_node(NodeLock(config), signal.SIGHUP)
-    return EXIT_OK
-
-
-def show_status(config: Config, as_json: bool) -> int:
-    """Print what the node is doing (--status)."""
-    lock = NodeLock(config)
-    holder = lock.holder()
-    if not holder:
-        raise NotRunning("no node runs here")
-    answer = ask_node(lock, "/status")
-    if answer is None or answer[0] != 200:
-        how = {None: "does not answer", 403: "answers 403: allow leaves 127.0.0.1 out"}
-        status = answer[0] if answer else None
-        sentence = how.get(status, f"answers {status}")
-        print(
-            f"crowdnode: the node (process {holder.get('pid')}) {sentence}",
-            file=sys.stderr,
-        )
-        return EXIT_SILENT
-    if as_json:
-        print(answer[1])
-    else:
-        print_status(json.loads(answer[1]))
-    return EXIT_OK
-
-
-RED, GREEN, YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
-
-
-def print_status(status: Json) -> None:
-    """Print the status document for people, in colour on a terminal."""
-    central, counts = status["central"], status["counts"]
-    checked_in = central["checked_in_ago"]
-    memory = status["free_memory"]
-    units = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in counts.items())
-    rows = [
-        ("node", f"{status['host']}:{status['port']}, process {status['pid']}, version "
-         f"{status['version']}, up {ago(status['uptime'])}", ""),
-        ("central", f"{central['url']}, checked in {ago(checked_in)}"
-         + (" ago" if checked_in is not None else ""), ""),
-        ("", central["error"], RED),
-        ("work", f"refused: {status['reason']}" if status["overloaded"] else "accepted",
-         RED if status["overloaded"] else GREEN),
-        ("load", measured(status["load_average"], "", "", None), ""),
-        ("memory", f"{measured(memory, ' MB', '', None)} free", ""),
-        ("actions", ", ".join(status["actions"]), ""),
-        ("units", units, ""),
-        ("unreported", str(status["unreported"]), YELLOW * bool(status["unreported"])),
-        ("running", f"{len(status['running'])} of at most "
-         f"{status['max_workers'] or 'any number'}", ""),
-    ]  # fmt: skip
-    for unit in status["running"]:
-        of = f"unit {unit['id']:<8} {unit['action']:<16} {unit['stage']:<8}"
-        rows.append(
-            ("", f"{of} process {unit['pid'] or '':<8} {ago(unit['seconds'])}", "")
-        )
-    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for name, value, colour in rows:
-        if value and colour and in_colour:
-            value = f"{colour}{value}{PLAIN}"
-        if value:
-            print(f"{name:<11}{value}")
-
+RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 # Classes of Ruby's core and library, and of what central loads.  An action of such a
 # name breaks every action: "superclass mismatch".  Source: central.md.
@@ -5720,16 +5425,51 @@ RUBY_CLASSES = """
     set signal sinatra singleton socket string string_io struct symbol tempfile thin
     thread time timeout true_class unbound_method uri work_unit worker yaml zlib
 """.split()  # noqa: SIM905
+STUB_MARK = "# Written by crowdnode.py --stubs"
+
+
+def show_status(config: Config, as_json: bool) -> int:
+    """Print what the node is doing (--status), in colour on a terminal."""
+    lock = NodeLock(config)
+    holder, answer = lock.holder(), ask_node(lock, "/status")
+    if not holder:
+        raise NotRunning("no node runs here")
+    code, text = answer or (None, "")
+    if code != 200:
+        how = {None: "does not answer", 403: "answers 403: allow leaves 127.0.0.1 out"}
+        sentence = f"(process {holder.get('pid')}) {how.get(code, f'answers {code}')}"
+        print(f"crowdnode: the node {sentence}", file=sys.stderr)
+        return EXIT_SILENT
+    if as_json:
+        print(text)
+        return EXIT_OK
+    status = json.loads(text)
+    where = f"{status['host']}:{status['port']}, process {status['pid']}"
+    about = f"version {status['version']}, up {ago(status['uptime'])}"
+    rows = [("node", f"{where}, {about}", ""), *facts(status, {})]
+    rows.append(("unreported", str(status["unreported"]), ""))
+    for unit in status["running"]:
+        of = f"unit {unit['id']:<8} {unit['action']:<16} {unit['stage']:<8}"
+        since = ago(unit["seconds"])
+        rows.append(("", f"{of} process {unit['pid'] or '':<8} {since}", ""))
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = {"good": GREEN, "bad": RED} if in_colour else {}
+    for name, text, mood in rows:
+        if text and mood in colours:
+            text = f"{colours[mood]}{text}{PLAIN}"
+        if text:
+            print(f"{name:<11}{text}")
+    return EXIT_OK
 
 
 def ruby_problem(name: str) -> str | None:
     """Return why central can't have an action of this *name*, or None."""
-    if name.lower() in RUBY_CLASSES:
-        return (
-            f"{camelized(name)} is a class of Ruby's own or of central's, which makes "
-            "central fail every job: rename the action"
-        )
-    return None
+    if name.lower() not in RUBY_CLASSES:
+        return None
+    return (
+        f"{camelized(name)} is a class of Ruby's own or of central's, which makes "
+        "central fail every job: rename the action"
+    )
 
 
 def camelized(name: str) -> str:
@@ -5737,12 +5477,11 @@ def camelized(name: str) -> str:
     return re.sub(r"(?:^|_)(.)", lambda match: match[1].upper(), name)
 
 
-STUB_MARK = "# Written by crowdnode.py --stubs"
-STUB = """{mark}: central asks this class for the action's stages.
-class {name} < CloudCrowd::Action
-{methods}
-end
-"""
+def ruby_stub(name: str, stages: list[str]) -> str:
+    """Return the Ruby class of an action, with empty methods for its stages."""
+    methods = "".join(f"  def {stage}\n  end\n" for stage in stages)
+    mark = f"{STUB_MARK}: central asks this class for the action's stages."
+    return f"{mark}\nclass {camelized(name)} < CloudCrowd::Action\n{methods}end\n"
 
 
 def write_stubs(config: Config, directory: str) -> int:
@@ -5752,61 +5491,42 @@ def write_stubs(config: Config, directory: str) -> int:
     if not directory:
         raise UsageError("--stubs: DIR is empty")
     loader = ActionLoader(config, BUILT_IN_ACTIONS)
-    actions = loader.load()
+    actions, problems = sorted(loader.load().items()), []
     for level, sentence in loader.problems:
         print(f"{level}: {sentence}", file=sys.stderr)
-    status = EXIT_OK
     try:
         os.makedirs(directory, exist_ok=True)
-        for name, action in sorted(actions.items()):
-            problem = ruby_problem(name)
-            if problem:
-                print(f"{name}: {problem}", file=sys.stderr)
-                status = EXIT_FAILED
-                continue
+        for name, action in actions:
             path = os.path.join(directory, f"{name}.rb")
             stub = ruby_stub(name, stages_of(action)).encode()
             old = read_file(path) if os.path.exists(path) else stub
-            if old != stub and not old.startswith(STUB_MARK.encode()):
-                # crowd install has put CloudCrowd's own there.
-                if BUILT_IN_ACTIONS.get(name) is not action:
-                    print(
-                        f"{path}: not written by --stubs; left alone", file=sys.stderr
-                    )
-                    status = EXIT_FAILED
-                continue
-            with open(f"{path}.part", "wb") as file:
-                file.write(stub)
-            os.replace(f"{path}.part", path)
-            print(path)
+            if ruby_problem(name):
+                problems.append(f"{name}: {ruby_problem(name)}")
+            elif old == stub or old.startswith(STUB_MARK.encode()):
+                with open(f"{path}.part", "wb") as file:
+                    file.write(stub)
+                os.replace(f"{path}.part", path)
+                print(path)
+            elif BUILT_IN_ACTIONS.get(name) is not action:  # else crowd install's own
+                problems.append(f"{path}: not written by --stubs; left alone")
     except OSError as error:
         where = error.filename or directory
         raise CrowdError(f"--stubs: can't write {where}: {error.strerror}") from None
-    return status
-
-
-def ruby_stub(name: str, stages: list[str]) -> str:
-    """Return the Ruby class of an action, with empty methods for its stages."""
-    methods = "".join(f"  def {stage}\n  end\n" for stage in stages)
-    return STUB.format(
-        mark=STUB_MARK, name=camelized(name), methods=methods.rstrip("\n")
-    )
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return EXIT_FAILED if problems else EXIT_OK
 
 
 def check(config: Config) -> int:
     """Print a line for each preflight check (--check)."""
-    lines = [("ok", f"configuration: {config.file or 'no file, all defaults'}")]
     loader = ActionLoader(config, BUILT_IN_ACTIONS)
     names = sorted(loader.load())
-    actions = ", ".join(names)
+    lines = [("ok", f"configuration: {config.file or 'no file, all defaults'}")]
     lines += loader.problems
-    problems = {name: ruby_problem(name) for name in names}
-    lines += [
-        ("error", f"action {name}: {problem}")
-        for name, problem in problems.items()
-        if problem
-    ]
-    lines.append(("ok", f"actions: {actions}") if actions else ("error", "no action"))
+    for name in filter(ruby_problem, names):
+        lines.append(("error", f"action {name}: {ruby_problem(name)}"))
+    actions = ("ok", f"actions: {', '.join(names)}")
+    lines.append(actions if names else ("error", "no action"))
     try:
         prepare_directories(config)
         check_storage(config)
@@ -5824,12 +5544,10 @@ def check(config: Config) -> int:
 
 def check_central(config: Config) -> list[tuple[str, str]]:
     """Return whether central answers as one, and has the same time."""
-    name = f"central: {config.central_server}"
-    now = time.time()
+    name, now = f"central: {config.central_server}", time.time()
+    central = CentralServer(config, config.central_server, config.port)
     try:
-        body, date = CentralServer(
-            config, config.central_server, config.port
-        ).heartbeat()
+        body, date = central.heartbeat()
     except CentralError as error:
         return [("error", f"{name}: {error}")]
     if body.strip() != HEARTBEAT.encode():
@@ -5852,7 +5570,7 @@ def check_central(config: Config) -> list[tuple[str, str]]:
 
 def run_job(config: Config, arguments: argparse.Namespace) -> int:
     """Do a job here and print its outputs (--run)."""
-    inputs = arguments.inputs
+    inputs, options = arguments.inputs, arguments.options or "{}"
     if "-" in inputs:
         lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         place = inputs.index("-")
@@ -5860,26 +5578,27 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
     if not inputs:
         raise UsageError("--run: needs at least one INPUT")
     try:
-        options = strict_json(arguments.options or "{}")
+        arguments.options = strict_json(options)
     except ValueError as error:
-        raise UsageError(
-            f"--options {arguments.options}: is not JSON: {error}"
-        ) from None
-    if not isinstance(options, dict):
-        raise UsageError(f"--options {arguments.options}: must be a JSON object")
-    given = inputs if arguments.strings else [input_of(item) for item in inputs]
-    return LocalRun(config, options, given, arguments).run()
+        raise UsageError(f"--options {options}: is not JSON: {error}") from None
+    if not isinstance(arguments.options, dict):
+        raise UsageError(f"--options {options}: must be a JSON object")
+    if not arguments.strings:
+        arguments.inputs = [input_of(item) for item in inputs]
+    return LocalRun(config, arguments).run()
 
 
+# Each with what it takes, "" for nothing, and what it does.
 COMMANDS = (
-    ("--daemon", "start a background node unless one is running"),
-    ("--check", "run the preflight checks"),
-    ("--status", "show what the node is doing"),
-    ("--stop", "stop the node and wait for its end"),
-    ("--reload", "have the node read configuration and actions again"),
+    ("--daemon", "", "start a background node unless one is running"),
+    ("--check", "", "run the preflight checks"),
+    ("--status", "", "show what the node is doing"),
+    ("--stop", "", "stop the node and wait for its end"),
+    ("--reload", "", "have the node read configuration and actions again"),
+    ("--run", "ACTION", "do one job on this machine"),
+    ("--stubs", "DIR", "write what central must know of the actions"),
 )
-# Options with the command that each goes with, "" for all; and what each takes, "" for
-# nothing.
+# Options with the command that each goes with, "" for all; and the same.
 OPTIONS = (
     ("--config", "", "FILE", "default: crowdnode.conf here, else beside this file"),
     ("--port", "", "N", "the same as --set port=N"),
@@ -5916,8 +5635,9 @@ in a crontab:
 """
 
 
-def command_line_parser() -> argparse.ArgumentParser:
-    """What the command line may hold; this program's flags for itself are hidden."""
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; argparse ends the process with 2 where it is wrong."""
+    hidden, version = argparse.SUPPRESS, f"crowdnode {__version__}"
     parser = argparse.ArgumentParser(
         prog="crowdnode.py",
         usage="%(prog)s [COMMAND] [OPTION]... [INPUT]...",
@@ -5928,79 +5648,67 @@ def command_line_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
-    commands = parser.add_argument_group("commands")
-    command = commands.add_mutually_exclusive_group()
-    for name, does in COMMANDS:
-        command.add_argument(name, action="store_true", help=does)
-    command.add_argument("--run", metavar="ACTION", help="do one job on this machine")
-    command.add_argument(
-        "--stubs", metavar="DIR", help="write what central must know of the actions"
-    )
-    version = f"crowdnode {__version__}"
+
+    def add(group: Any, name: str, takes: str, does: str) -> None:
+        kind: Json = {"metavar": takes} if takes else {"action": "store_true"}
+        group.add_argument(name, help=does, **kind)
+
+    command = parser.add_argument_group("commands").add_mutually_exclusive_group()
+    for row in COMMANDS:
+        add(command, *row)
     command.add_argument(
         "--version", action="version", version=version, help="say which this is"
     )
     command.add_argument("--help", "-h", action="help", help="show this")
-    command.add_argument(ATTENDED_FLAG, action="store_true", help=argparse.SUPPRESS)
-    add_options(parser.add_argument_group("options"))
-    return parser
-
-
-def add_options(options: Any) -> None:
-    """Add what goes with a command; *options*: a group of argparse."""
-    options.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help="with --run: a file, a URL, with --strings any string; - is the lines of "
-        "standard input",
-    )
+    command.add_argument(ATTENDED_FLAG, action="store_true", help=hidden)
+    options = parser.add_argument_group("options")
+    about = "with --run: a file, a URL, with --strings any string; - is the lines of "
+    about += "standard input"
+    options.add_argument("inputs", nargs="*", metavar="INPUT", help=about)
     options.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
     )
-    for name, command, takes, does in OPTIONS:
-        does = f"with --{command}: {does}" if command else does
-        if takes:
-            options.add_argument(name, metavar=takes, help=does)
-        else:
-            options.add_argument(name, action="store_true", help=does)
-    options.add_argument(INHERIT_FLAG, nargs=2, type=int, help=argparse.SUPPRESS)
+    for name, goes_with, takes, does in OPTIONS:
+        add(options, name, takes, f"with --{goes_with}: {does}" if goes_with else does)
+    options.add_argument(INHERIT_FLAG, nargs=2, type=int, help=hidden)
 
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line; argparse ends the process with 2 where it is wrong."""
-    parser = command_line_parser()
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_intermixed_args(argv[:end])
     arguments.inputs += argv[end + 1 :]
-    for option, command, _, _ in OPTIONS:
-        value = getattr(arguments, option[2:].replace("-", "_"))
-        if command and value not in (None, False) and not getattr(arguments, command):
-            parser.error(f"{option} goes with --{command}")
+    for name, goes_with, _, _ in OPTIONS:
+        is_given = getattr(arguments, name[2:].replace("-", "_")) not in (None, False)
+        if goes_with and is_given and not getattr(arguments, goes_with):
+            parser.error(f"{name} goes with --{goes_with}")
     if arguments.inputs and not arguments.run:
         parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}")
     return arguments
 
 
 def parse_settings(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """What --set and --port say, in pairs.  Raises UsageError."""
+    """Return what --set and --port say, in pairs.  Raises UsageError."""
     settings = []
     for setting in arguments.set:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: must be KEY=VALUE")
         settings.append((key.strip(), value))
-    if arguments.port is not None:
-        settings.append(("port", arguments.port))
-    return settings
+    return settings + ([] if arguments.port is None else [("port", arguments.port)])
+
+
+def find_config(given: str | None) -> str | None:
+    """Return the path of the configuration file; *given*: --config, empty for none."""
+    if given is not None:
+        return os.path.abspath(given) if given else None
+    for directory in (os.getcwd(), os.path.dirname(PROGRAM)):
+        path = os.path.join(directory, "crowdnode.conf")
+        if os.path.exists(path):
+            return path
+    return None
 
 
 def dispatch(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for.  Raises CrowdError."""
-    path = find_config()
-    if arguments.config is not None:  # empty: none
-        path = os.path.abspath(arguments.config) if arguments.config else None
-    settings = parse_settings(arguments)
+    path, settings = find_config(arguments.config), parse_settings(arguments)
 
     def load() -> Config:
         return load_config(path, settings)
@@ -6009,9 +5717,11 @@ def dispatch(arguments: argparse.Namespace) -> int:
     if arguments.daemon and not arguments.inherit:
         return run_in_background(config, load, arguments)
     if arguments.stop:
-        return stop_node(config)
+        end_node(NodeLock(config), config.drain_time + CHECK_OUT_TIMEOUT + TERM_GRACE)
+        return EXIT_OK
     if arguments.reload:
-        return reload_node(config)
+        signal_node(NodeLock(config), signal.SIGHUP)
+        return EXIT_OK
     if arguments.status:
         return show_status(config, arguments.json)
     if arguments.check:
@@ -6035,11 +5745,10 @@ def open_standard_descriptors() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line.  Returns the exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    """Run the command line.  Returns the exit status."""
     try:
         open_standard_descriptors()
-        status = dispatch(parse_arguments(words))
+        status = dispatch(parse_arguments(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
     except CrowdError as error:

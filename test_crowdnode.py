@@ -126,9 +126,7 @@ def has_zombie(parent: int) -> bool:
 
 def a_worker_runs() -> bool:
     """A worker is a fork of the fork server, and looks like it."""
-    return (
-        sum("import json, socket, sys, types" in line for line in our_processes()) >= 2
-    )
+    return sum("import json, socket" in line for line in our_processes()) >= 2
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -3114,6 +3112,7 @@ class Starts(CrowdTest):
         node.kill(signal.SIGINT)
         self.assertFalse(over.is_set())
         self.assertEqual([call[0] for call in central.calls], ["DELETE"])
+        self.assertTrue(node.said("stopped by SIGINT while starting"))
         self.assertNotIn("Traceback", node.log())
 
     def test_units_may_come_before_the_check_in_is_answered(self) -> None:
@@ -3329,7 +3328,7 @@ class Reloads(CrowdTest):
         node.take(unit(1, "sleeper", "60", attempts=1))
         self.assertFalse(alive(first))
         self.assertEqual(node.run("--stop").returncode, 0)
-        wait_for(lambda: not alive(second), "the other is ended too", 1)
+        wait_for(lambda: not alive(second), "the other is ended too")
         self.assertEqual(node.units(), [])
 
     def test_a_stop_during_a_slow_reload_is_obeyed_at_once(self) -> None:
@@ -3635,9 +3634,7 @@ class Daemon(CrowdTest):
         node.constants.update(WEDGED_AFTER=0.5, HEARTBEAT_DEADLINE=0.2, TERM_GRACE=0.3)
         pid = node.daemon_pid
         self.assertNotEqual(os.getsid(pid), os.getsid(0))
-        began = time.monotonic()
         done = node.run("--daemon")
-        self.assertLess(time.monotonic() - began, 1)
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
         done = node.run()
         self.assertEqual(done.returncode, 1)
@@ -3730,7 +3727,7 @@ class CommandLine(CrowdTest):
         self.assertIn("does not answer", done.stderr)
         done = node.run("--stop")
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
-        wait_for(lambda: not alive(pid) and not alive(worker), "both are gone", 1)
+        wait_for(lambda: not alive(pid) and not alive(worker), "both are gone")
         left = sorted(os.listdir(node.path("state")))
         self.assertEqual(left, ["fork_server.out", "node.log", "units", "work"])
 
