@@ -1838,7 +1838,7 @@ def encode_output(result: Any) -> bytes:
 # Fork server: the one process that forks, with one thread and without a network.
 #
 # Messages are lines of JSON.  From the node:
-#     ["unit", head of its record, unit]         ["kill", pid, signal]
+#     ["unit", head of its record (JSON), unit]  ["kill", pid, signal]
 # To the node:
 #     ["ready", {action: stages}, problems]      once, first
 #     ["started", id, pid, start by boot_clock]  ["rejected", id, reason]
@@ -2657,8 +2657,7 @@ BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
 DIED_UNWATCHED = "the worker died while no fork server watched it"
 
 # What the fork server's Python is started with.  CPython keeps the syntax tree of a
-# script in memory (10 MB for this one) but not that of a module, and gives back what the
-# compiler has freed.
+# script in memory (10 MB for this one), but not that of a module.
 LAUNCH = """
 import json, socket, sys, types
 sys.path[:] = [path for path in sys.path if path]  # without '', the work directory
@@ -2964,8 +2963,7 @@ class ReportHold:
             return self.release(unit)
         with self._lock:
             self._held.append((due, is_success, unit))
-            if self._timer is None:
-                self._arm()
+            self._arm()
         return None
 
     def dispatched(self) -> None:
@@ -2974,15 +2972,20 @@ class ReportHold:
 
     def _arm(self) -> None:
         """Look again soon, as long as something is held."""
-        self._timer = None
-        if self._held:
-            timer = threading.Timer(HOLD_TICK, self._tick)
+        if self._held and self._timer is None:
+            timer = threading.Timer(HOLD_TICK, self._expire)
             timer.daemon = True
-            with contextlib.suppress(RuntimeError):  # no thread: relax() tries again
+            with contextlib.suppress(RuntimeError):  # no thread: the next tick tries
                 timer.start()
                 self._timer = timer
 
-    def _tick(self) -> None:
+    def _expire(self) -> None:
+        with self._lock:
+            self._timer = None
+        self.tick()
+
+    def tick(self) -> None:
+        """Release what has been held long enough."""
         now = time.monotonic()
         self._release_if(lambda due, is_success: due <= now)
         with self._lock:
@@ -3006,17 +3009,15 @@ class ReportHold:
         if self.factor > 1 and now - self._found_at > HOLD_MEMORY:
             self._found_at = now
             self.factor = max(1.0, self.factor / 2)
-        with self._lock:
-            if self._timer is None:  # there was no thread for it
-                self._arm()
+        self.tick()  # there may have been no thread for the timer
 
 
 class Node:
     """A node: accepts units from central, has them run, reports each outcome.
 
-    *lock*: its lock file; *load*: reads the configuration anew; *inherited*: this process
-    was a node of another version of this program before.  ``changed`` guards the units
-    and their states."""
+    *lock*: its lock file; *load*: reads the configuration anew; *inherited*: this
+    process was a node of another version of this program before.  ``changed`` guards
+    the units and their states."""
 
     def __init__(
         self,
@@ -3094,8 +3095,10 @@ class Node:
         self.is_stopping = True
         if self.may_be_known:
             self.shut_down()
-        for pid in list(own_children):  # such as a fork server that still loads
-            kill_group(pid, signal.SIGKILL)
+        for _ in range(3):  # a fork server that loads; what units have left behind
+            for pid in child_pids().union(own_children):
+                kill_group(pid, signal.SIGKILL)
+            time.sleep(0.01)  # what these have left becomes our child
         if not self.may_be_known:
             raise CrowdError(f"stopped by {signal_name(number or 0)} while starting")
         return False
@@ -3161,6 +3164,7 @@ class Node:
             return
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while any(unit.due == 0 for unit in self.waiting()) and not self.is_stopping:
+            self.hold.tick()  # there may be no thread for its timer
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
@@ -3196,8 +3200,9 @@ class Node:
         return CHECK_IN_INTERVAL
 
     def check_out(self) -> None:
-        """Have central give this node's units to others, so that nothing more of them is
-        reported.  Raises CentralError."""
+        """Have central give this node's units to others; report nothing more of them.
+
+        Raises CentralError."""
         self.central.check_out()
         self.is_checked_out = True
         self.withdraw_all()
@@ -3263,7 +3268,7 @@ class Node:
         return None
 
     def trap_signals(self) -> None:
-        """Have Python write each signal's number to a pipe, which wakes the main thread.
+        """Have Python write each signal's number to a pipe, to wake the main thread.
 
         A parent may have blocked signals, or ignored SIGCHLD."""
         os.set_blocking(self.signal_writer, False)
@@ -3429,7 +3434,7 @@ class Node:
         )
 
     def use_fork_server(self, fork_server: ForkServerProcess) -> None:
-        """Give units to *fork_server*; the one before it finishes.  Raises CrowdError."""
+        """Give units to *fork_server*; the one before finishes.  Raises CrowdError."""
         if fork_server.gone:
             raise CrowdError(f"the fork server has died: {fork_server.gone}")
         old, self.fork_server = self.fork_server, fork_server
@@ -3465,7 +3470,7 @@ class Node:
         return None
 
     def fork_server_gone(self, gone: ForkServerProcess) -> None:
-        """Replace the fork server; its workers go on, and what was starting is refused."""
+        """Replace the fork server; its workers go on, what was starting is refused."""
         is_current = gone is self.fork_server and not self.is_stopping
         if is_current:
             log.error("the fork server has gone (%s); starting another", gone.gone)
@@ -3484,7 +3489,7 @@ class Node:
                     return None
                 try:
                     fork_server = self.start_fork_server(self.config)
-                    # What has ended the old one may keep the new one from reading files.
+                    # What ended the old one may keep this one from reading files.
                     lost = set(gone.actions) - set(fork_server.actions)
                     if lost and time.monotonic() < give_up:
                         fork_server.kill()
@@ -3628,8 +3633,8 @@ class Node:
     def outcome_of(self, unit: Unit) -> Outcome | None:
         """Return the outcome in the unit's record; None where the record is another's.
 
-        What ended a worker that left none is written down before it is reported, so that
-        a second report, even by the next node, says the same.  Raises OSError."""
+        What ended a worker that left none is written down before it is reported, so
+        that a second report, even by the next node, says the same.  Raises OSError."""
         record = self.read_record(unit)
         if record.head and record.head["digest"] != unit.head["digest"]:
             return None
@@ -3678,7 +3683,7 @@ class Node:
             return Record()
 
     def withdraw(self, unit: Unit, reason: str) -> None:
-        """End *unit* without a report: central has released it, or never had our pid."""
+        """End *unit* without a report: central has released it, or not had its pid."""
         with self.changed:
             if unit.state == WITHDRAWN:
                 return
@@ -3723,7 +3728,7 @@ class Node:
                 kill_group(pid, number)
 
     def remove(self, unit: Unit) -> None:
-        """Remove the files of *unit*, and forget it; where that fails, try again later."""
+        """Remove the files of *unit*, and forget it; if that fails, try again later."""
         if self.units.get(unit.id) is not unit:
             return  # superseded: the files of that name are another's
         try:
@@ -3905,9 +3910,9 @@ class Node:
     def check_reports(self) -> None:
         """Find reports that central has taken and lost again; send them once more.
 
-        A pid that central lists, though it does not run and its report was taken a while
-        ago, is stuck (protocol.md, "0.7 records the pid").  A record is dropped when two
-        looks in a row did not list it."""
+        A pid that central lists, though it does not run and its report was taken a
+        while ago, is stuck (protocol.md, "0.7 records the pid").  A record is dropped
+        when two looks in a row did not list it."""
         with self.changed:
             entries = list(self.reported.items())
         central = self.central
@@ -3951,8 +3956,8 @@ class Node:
     def adopt_records(self) -> None:
         """Adopt the records that memory does not know; look at all workers.
 
-        A worker that has gone although its fork server has not said so is settled at the
-        second tick that finds its record without a lock."""
+        A worker that has gone although its fork server has not said so is settled at
+        the second tick that finds its record without a lock."""
         names = set(os.listdir(self.config.units_path))
         for name in names:
             is_known = name in self.units or name in self.reported
@@ -4570,22 +4575,23 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
         0.1 ms, 7 % of a unit, and 6 MB of them.  Raises BadRequest."""
         head = b""
         while not head.strip() or not head.endswith((b"\n\n", b"\n\r\n")):
-            head += self.rfile.readline(HEAD_LIMIT + 1 - len(head))
+            line = self.rfile.readline(HEAD_LIMIT + 1 - len(head))
+            head += line
             if len(head) > HEAD_LIMIT:
                 status = 431 if b"\n" in head.lstrip() else 414
                 sentence = f"The request's head has over {HEAD_LIMIT} bytes."
                 raise BadRequest(sentence, status)
             if not head and self.server.connections.get(self.request):
                 return False
-            if not head.endswith(b"\n"):
+            if not line.endswith(b"\n"):
                 raise self.cut_short("head")
         first, *lines = re.split(r"\r?\n", head.decode("latin-1").strip("\r\n"))
         match = re.fullmatch(r"(\S+)\s+(\S+)\s+(HTTP/1\.[0-9])\s*", first)
         if not match:
             raise BadRequest("The request's first line is not METHOD PATH HTTP/1.1.")
         self.command, self.path, version = match.groups()
-        for line in lines:
-            name, colon, value = line.partition(":")
+        for text in lines:
+            name, colon, value = text.partition(":")
             if not colon or name != name.strip():
                 raise BadRequest("A header is not NAME: VALUE.")
             earlier = self.fields.get(name.lower())

@@ -947,47 +947,6 @@ class Configuration(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Vitals
-# ---------------------------------------------------------------------------
-
-
-class Vitals(CrowdTest):
-    def test_texts_of_other_machines_are_parsed(self) -> None:
-        vm_stat = "(page size of {} bytes)\nPages free:   130000.\nPages active: 9.\n"
-        for size, free in ((4096, 507.8125), (16384, 2031.25), ("odd", None)):
-            self.assertEqual(crowdnode.parse_vm_stat(vm_stat.format(size)), free)
-        for text, load in (
-            ("13:22:56 up 12 min,  0 users,  load average: 0.52, 0.58, 0.59", 0.52),
-            ("13:22  up 3 days, 2 users, load averages: 12.34 2.00 1.99", 12.34),
-            ("13:22:56 up 12 min,  0 users,  load average: 0,52, 0,58, 0,59", None),
-        ):
-            self.assertEqual(crowdnode.parse_load(text), load)
-        meminfo = "MemTotal: 9 kB\nMemFree:  204800 kB\nMemAvailable:   409600 kB\n"
-        free = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_MEMORY)
-        available = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_AVAILABLE)
-        self.assertEqual((free, available), (200, 400))
-        # A script stands in for vm_stat, which this machine lacks.
-        text = r"(page size of 16384 bytes)\nPages free: 64000."
-        path = self.programs(vm_stat=f"printf '{text}'") + os.environ["PATH"]
-        darwin = unittest.mock.patch.object(sys, "platform", "darwin")
-        with unittest.mock.patch.dict(os.environ, PATH=path), darwin:
-            free = crowdnode.read_memory(crowdnode.SCRAPE_LINUX_MEMORY)
-        self.assertEqual(free, 1000.0)
-
-    def test_uptime_runs_in_the_c_locale_or_the_kernel_is_asked(self) -> None:
-        script = '[ "$LC_ALL" = C ] && echo "13:00 0.42, 1.0" || echo "13.00 0,42 1,0"'
-        constants = {"SCRAPE_DEADLINE": 0.1, "MONITOR_INTERVAL": 0.02}
-        for text in (script, "echo 13:00 up 1 day", "sleep 50", "exec nosuch"):
-            with self.subTest(text):
-                env = {**self.fake_uptime(text), "LANG": "fi_FI.UTF-8"}
-                node = self.node(env=env, constants=constants)
-                wait_for(lambda: node.status()["uptime"] > 0.3, "some ticks")
-                self.assertEqual(node.said("uptime does not tell"), int(text != script))
-                load = node.status()["load_average"]
-                self.assertTrue(load == 0.42 if text == script else load >= 0, load)
-
-
-# ---------------------------------------------------------------------------
 # Unit records
 # ---------------------------------------------------------------------------
 
@@ -1385,83 +1344,6 @@ class Actions(CodeNode):
             self.failed(outcome, reason)
 
 
-# ---------------------------------------------------------------------------
-# Built-in actions
-# ---------------------------------------------------------------------------
-
-
-class BuiltIn(CrowdTest):
-    """CloudCrowd's own, with shell scripts in the place of their programs."""
-
-    def built_in(self, action: str, *inputs: str, **options: Any) -> Any:
-        """Run a job of *action*."""
-        path = self.programs(
-            pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
-            'done;; *) cp "$1" "$last";; esac',
-            gm='printf "%s\\n" "$@" > "$last"',
-            pdftotext='while [ "$2" != "$last" ]; do shift; done; cp "$1" "$last"',
-            gs="true",
-        )
-        settings = f"--set local_storage_path={self.directory()}".split()
-        settings += ["--set", "work_unit_retries=1", "--options", json.dumps(options)]
-        return self.job(*settings, "--run", action, *inputs, path=path)
-
-    def test_graphics_magick_does_steps_and_no_shell_sees_options(self) -> None:
-        steps = [
-            {"name": "a", "command": "convert", "extension": "gif",
-             "options": "-size '10 x' ; $(id)"},
-            {"name": "b", "command": "convert", "extension": "png", "input": "a"},
-        ]  # fmt: skip
-        done = self.built_in("graphics_magick", "LICENSE", steps=steps)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        ((urls),) = json.loads(done.stdout)
-        texts = [crowdnode.read_file(crowdnode.local_path(urls[name])) for name in "ab"]
-        first, second = (text.decode().split("\n") for text in texts)
-        self.assertEqual(first[:5], ["convert", "-size", "10 x", ";", "$(id)"])
-        self.assertEqual(os.path.basename(first[5]), "LICENSE")
-        names = [os.path.basename(path) for path in second[1:3]]
-        self.assertEqual(names, ["LICENSE_a.gif", "LICENSE_b.png"])
-
-    def test_process_pdfs_splits_into_batches_and_merges_to_one_archive(self) -> None:
-        images = [{"name": "small", "extension": "gif"}]
-        done = self.built_in("process_pdfs", "LICENSE", batch_size=2, images=images)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        (url,) = json.loads(done.stdout)
-        with tarfile.open(crowdnode.local_path(url)) as archive:
-            files = [item.name for item in archive if item.isfile()]
-            full = archive.extractfile("LICENSE/text/full/LICENSE.txt")
-            assert full
-            self.assertEqual(full.read(), b"page 1\npage 2\npage 3\n")
-        pages = [f"LICENSE/text/pages/LICENSE_0000{n}.txt" for n in (1, 2, 3)]
-        small = [f"LICENSE/images/small/LICENSE_0000{n}.gif" for n in (1, 2, 3)]
-        wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
-        self.assertEqual(sorted(files), wanted)
-
-    def test_a_wrong_job_fails_with_a_sentence(self) -> None:
-        def steps(**more: Any) -> dict[str, Any]:
-            step = {"name": "a", "command": "convert", "extension": "gif", **more}
-            return {"steps": [step]}
-
-        alike = os.path.join(self.directory(), "LICENSE")
-        shutil.copyfile(os.path.join(HERE, "LICENSE"), alike)
-        image = {"name": "10000", "extension": "gif"}
-        for message, action, inputs, options in (
-            ("is not an earlier step", "graphics_magick", [], steps(input=["c"])),
-            ("of letters, digits,", "graphics_magick", [], steps(extension="../x")),
-            ("No closing quotation", "graphics_magick", [], steps(options="'")),
-            ("10000 looks like a page's", "process_pdfs", [], {"images": [image]}),
-            ("must be 1 or more, not 0", "process_pdfs", [], {"batch_size": 0}),
-            ("have the same name: LICENSE_00001.txt", "process_pdfs", [alike], {}),
-        ):
-            done = self.built_in(action, "LICENSE", *inputs, **options)
-            self.assertEqual(done.returncode, 1, message)
-            self.assertIn(message, done.stderr)
-
-
-# ---------------------------------------------------------------------------
-# Loading actions
-# ---------------------------------------------------------------------------
-
 SPAWNING = """
 import multiprocessing
 from crowdnode import Action
@@ -1569,6 +1451,79 @@ signal.set_wakeup_fd(-1)
             self.addCleanup(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self.assertEqual(node.start().do(unit()), ("succeeded", "x"))
             node.stop()
+
+
+# ---------------------------------------------------------------------------
+# CloudCrowd's own actions
+# ---------------------------------------------------------------------------
+
+
+class BuiltIn(CrowdTest):
+    """CloudCrowd's own, with shell scripts in the place of their programs."""
+
+    def built_in(self, action: str, *inputs: str, **options: Any) -> Any:
+        """Run a job of *action*."""
+        path = self.programs(
+            pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
+            'done;; *) cp "$1" "$last";; esac',
+            gm='printf "%s\\n" "$@" > "$last"',
+            pdftotext='while [ "$2" != "$last" ]; do shift; done; cp "$1" "$last"',
+            gs="true",
+        )
+        settings = f"--set local_storage_path={self.directory()}".split()
+        settings += ["--set", "work_unit_retries=1", "--options", json.dumps(options)]
+        return self.job(*settings, "--run", action, *inputs, path=path)
+
+    def test_graphics_magick_does_steps_and_no_shell_sees_options(self) -> None:
+        steps = [
+            {"name": "a", "command": "convert", "extension": "gif",
+             "options": "-size '10 x' ; $(id)"},
+            {"name": "b", "command": "convert", "extension": "png", "input": "a"},
+        ]  # fmt: skip
+        done = self.built_in("graphics_magick", "LICENSE", steps=steps)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        ((urls),) = json.loads(done.stdout)
+        texts = [crowdnode.read_file(crowdnode.local_path(urls[name])) for name in "ab"]
+        first, second = (text.decode().split("\n") for text in texts)
+        self.assertEqual(first[:5], ["convert", "-size", "10 x", ";", "$(id)"])
+        self.assertEqual(os.path.basename(first[5]), "LICENSE")
+        names = [os.path.basename(path) for path in second[1:3]]
+        self.assertEqual(names, ["LICENSE_a.gif", "LICENSE_b.png"])
+
+    def test_process_pdfs_splits_into_batches_and_merges_to_one_archive(self) -> None:
+        images = [{"name": "small", "extension": "gif"}]
+        done = self.built_in("process_pdfs", "LICENSE", batch_size=2, images=images)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        (url,) = json.loads(done.stdout)
+        with tarfile.open(crowdnode.local_path(url)) as archive:
+            files = [item.name for item in archive if item.isfile()]
+            full = archive.extractfile("LICENSE/text/full/LICENSE.txt")
+            assert full
+            self.assertEqual(full.read(), b"page 1\npage 2\npage 3\n")
+        pages = [f"LICENSE/text/pages/LICENSE_0000{n}.txt" for n in (1, 2, 3)]
+        small = [f"LICENSE/images/small/LICENSE_0000{n}.gif" for n in (1, 2, 3)]
+        wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
+        self.assertEqual(sorted(files), wanted)
+
+    def test_a_wrong_job_fails_with_a_sentence(self) -> None:
+        def steps(**more: Any) -> dict[str, Any]:
+            step = {"name": "a", "command": "convert", "extension": "gif", **more}
+            return {"steps": [step]}
+
+        alike = os.path.join(self.directory(), "LICENSE")
+        shutil.copyfile(os.path.join(HERE, "LICENSE"), alike)
+        image = {"name": "10000", "extension": "gif"}
+        for message, action, inputs, options in (
+            ("is not an earlier step", "graphics_magick", [], steps(input=["c"])),
+            ("of letters, digits,", "graphics_magick", [], steps(extension="../x")),
+            ("No closing quotation", "graphics_magick", [], steps(options="'")),
+            ("10000 looks like a page's", "process_pdfs", [], {"images": [image]}),
+            ("must be 1 or more, not 0", "process_pdfs", [], {"batch_size": 0}),
+            ("have the same name: LICENSE_00001.txt", "process_pdfs", [alike], {}),
+        ):
+            done = self.built_in(action, "LICENSE", *inputs, **options)
+            self.assertEqual(done.returncode, 1, message)
+            self.assertIn(message, done.stderr)
 
 
 # ---------------------------------------------------------------------------
@@ -1909,8 +1864,9 @@ class SystemCalls(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# Central
+# Central server
 # ---------------------------------------------------------------------------
+
 
 FAST = {"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 0.2}  # seconds between two reports
 LOGIN = {"http_authentication": "yes", "login": "ali ce", "password": "s3cr:et"}
@@ -2106,6 +2062,42 @@ class Tools(CrowdTest):
             self.assertEqual(modes - {0o600}, set(), root)
             self.assertEqual(stat.S_IMODE(os.stat(root).st_mode), 0o700, root)
         os.kill(node.daemon_pid, signal.SIGCONT)
+
+
+class Vitals(CrowdTest):
+    def test_texts_of_other_machines_are_parsed(self) -> None:
+        vm_stat = "(page size of {} bytes)\nPages free:   130000.\nPages active: 9.\n"
+        for size, free in ((4096, 507.8125), (16384, 2031.25), ("odd", None)):
+            self.assertEqual(crowdnode.parse_vm_stat(vm_stat.format(size)), free)
+        for text, load in (
+            ("13:22:56 up 12 min,  0 users,  load average: 0.52, 0.58, 0.59", 0.52),
+            ("13:22  up 3 days, 2 users, load averages: 12.34 2.00 1.99", 12.34),
+            ("13:22:56 up 12 min,  0 users,  load average: 0,52, 0,58, 0,59", None),
+        ):
+            self.assertEqual(crowdnode.parse_load(text), load)
+        meminfo = "MemTotal: 9 kB\nMemFree:  204800 kB\nMemAvailable:   409600 kB\n"
+        free = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_MEMORY)
+        available = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_AVAILABLE)
+        self.assertEqual((free, available), (200, 400))
+        # A script stands in for vm_stat, which this machine lacks.
+        text = r"(page size of 16384 bytes)\nPages free: 64000."
+        path = self.programs(vm_stat=f"printf '{text}'") + os.environ["PATH"]
+        darwin = unittest.mock.patch.object(sys, "platform", "darwin")
+        with unittest.mock.patch.dict(os.environ, PATH=path), darwin:
+            free = crowdnode.read_memory(crowdnode.SCRAPE_LINUX_MEMORY)
+        self.assertEqual(free, 1000.0)
+
+    def test_uptime_runs_in_the_c_locale_or_the_kernel_is_asked(self) -> None:
+        script = '[ "$LC_ALL" = C ] && echo "13:00 0.42, 1.0" || echo "13.00 0,42 1,0"'
+        constants = {"SCRAPE_DEADLINE": 0.1, "MONITOR_INTERVAL": 0.02}
+        for text in (script, "echo 13:00 up 1 day", "sleep 50", "exec nosuch"):
+            with self.subTest(text):
+                env = {**self.fake_uptime(text), "LANG": "fi_FI.UTF-8"}
+                node = self.node(env=env, constants=constants)
+                wait_for(lambda: node.status()["uptime"] > 0.3, "some ticks")
+                self.assertEqual(node.said("uptime does not tell"), int(text != script))
+                load = node.status()["load_average"]
+                self.assertTrue(load == 0.42 if text == script else load >= 0, load)
 
 
 # ---------------------------------------------------------------------------
@@ -2970,12 +2962,18 @@ class Routes(SharedNode):
         status, headers, body = self.shared.send(raw(b"HEAD /heartbeat"))
         self.assertEqual((status, headers["Content-Length"], body), (200, "8", b""))
 
-    def test_a_body_that_ends_early_is_a_bad_request(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.shared.port)) as connection:
-            connection.sendall(b"POST /work HTTP/1.1\r\nContent-Length: 10\r\n\r\nwork")
-            connection.shutdown(socket.SHUT_WR)
-            status, _, body = read_answer(connection)
-        self.assertEqual((status, body), (400, b"The body has ended too early."))
+    def test_a_request_that_ends_early_is_a_bad_request(self) -> None:
+        body = b"POST /work HTTP/1.1\r\nContent-Length: 10\r\n\r\nwork"
+        for request, what in (
+            (body, b"body"), (b"GET / HTTP/1.1\r\n", b"head"), (b"\r\n", b"head"),
+        ):  # fmt: skip
+            address = ("127.0.0.1", self.shared.port)
+            with socket.create_connection(address, DEADLINE) as connection:
+                connection.sendall(request)
+                connection.shutdown(socket.SHUT_WR)
+                answer = read_answer(connection)[::2]
+            sentence = b"The %s has ended too early." % what
+            self.assertEqual(answer, (400, sentence), request)
 
     def test_a_unit_that_is_too_large_is_accepted_and_reported_failed(self) -> None:
         outcome = self.shared.do(unit(self.new_id(), input="x" * 1100000))
@@ -3061,8 +3059,219 @@ class Connections(CrowdTest):
 
 
 # ---------------------------------------------------------------------------
-# The node's life
+# A central server for one job
 # ---------------------------------------------------------------------------
+
+
+class Run(CrowdTest):
+    """Jobs of --run."""
+
+    def test_one_file_in_an_empty_environment_is_enough(self) -> None:
+        home, license, odd = self.directory(), f"{HERE}/LICENSE", "é %25?x=1#.txt"
+        shutil.copy(license, os.path.join(home, odd))
+        program = [sys.executable, shutil.copy(PROGRAM, home), "--run", "word_count"]
+        before, words = os.listdir(home), len(crowdnode.read_file(license).split())
+        env = {MARK.partition("=")[0]: str(os.getpid()), "HOME": home, "TMPDIR": home}
+        job = [*program, odd, crowdnode.file_url(license)]
+        done = subprocess.run(job, capture_output=True, cwd=home, env=env)
+        self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [2 * words]))
+        self.assertEqual(os.listdir(home), before, "files are left")
+
+    def test_outputs_come_in_the_order_of_inputs_with_a_bar_on_a_terminal(self) -> None:
+        options = self.with_actions(echo=ECHO)
+        path = os.path.join(self.directory(), "outputs")
+        strings = [f"string {number}" for number in range(500)]
+        job = [*options, "--output", path, "--strings", "--run", "echo", *strings]
+        shown = self.on_terminal(sys.executable, PROGRAM, *job)
+        self.assertEqual(json.loads(crowdnode.read_file(path)), strings)
+        bar = r"\r.*\[#+ *\] \d+ of 500 done, 0 failed, \d+ running, [\d.]+/s, .* left"
+        self.assertRegex(shown, bar)
+        self.assertIn("500 of 500 done, 0 failed", shown)
+
+    def test_an_input_that_fails_is_named_after_its_attempts(self) -> None:
+        process = "print('attempt', self.options['attempts']); return int(self.input)"
+        options = self.with_actions(odd=ECHO.replace("return self.input", process))
+        for settings, attempts in (([], 3), (["--set", "work_unit_retries=1"], 1)):
+            done = self.job(*options, *settings, "--strings", "--run", "odd", *"1x2")
+            self.assertEqual((done.returncode, done.stdout), (1, "[1, null, 2]\n"))
+            self.assertIn("x: ValueError: invalid literal", done.stderr)
+            self.assertIn("(odd.py, line", done.stderr)
+            self.assertEqual(done.stderr.count("Traceback"), attempts)
+            self.assertIn(f"output: attempt {attempts - 1}", done.stderr)
+            self.assertNotIn(f"output: attempt {attempts}", done.stderr)
+
+    def test_a_job_goes_through_split_process_and_merge(self) -> None:
+        options = self.with_actions(pieces=PIECES)
+        job = [*options, "--strings", "--run", "pieces", "a bb ccc", "dddd eeeee"]
+        done = self.job(*job)
+        self.assertEqual(json.loads(done.stdout), [[1, 2, 3, 4, 5]], done.stderr)
+
+    def test_options_and_inputs_may_stand_in_any_order(self) -> None:
+        action = ECHO.replace("self.input", "[self.input, self.options['k']]")
+        job = self.with_actions(echo=action)
+        job += ["--set", "local_storage_path=/dev/null/x"]  # is not used
+        job += ["a", "--strings", "--options", '{"k": "é"}', "--run", "echo", "-", "b"]
+        done = self.job(*job, "--quiet", "--", "-x", input="one\ntwo words\n")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        wanted = [[text, "é"] for text in ("a", "one", "two words", "b", "-x")]
+        self.assertEqual(json.loads(done.stdout), wanted)
+
+    def test_an_input_that_cannot_be_sent_fails_alone(self) -> None:
+        options = self.with_actions(echo=ECHO)
+        options += ["--set", "max_request_size=1", "--strings", "--run", "echo"]
+        done = self.job(*options, b"caf\xff", "-", "good", input="x" * 1100000)
+        self.assertEqual((done.returncode, done.stdout), (1, '[null, null, "good"]\n'))
+        self.assertIn("the output is not JSON: ", done.stderr)
+        self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
+
+
+class RunEnds(CrowdTest):
+    """How a job of --run ends, and where its outputs go."""
+
+    def sleeping(self, *inputs: str, more: str = "") -> Any:
+        """A job whose action sleeps, after it has executed *more*."""
+        action = SLEEPER.replace("time.sleep(", f"{more}\n        time.sleep(")
+        options = self.with_actions(sleeper=action)
+        return self.started_job(*options, "--strings", "--run", "sleeper", *inputs)
+
+    def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
+        ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+        for more in ("", ignore):
+            with self.subTest(more), self.sleeping("60", more=more) as (job, directory):
+                began = time.monotonic()
+                for _ in range(3):  # people press it more than once
+                    job.send_signal(signal.SIGINT)
+                self.assertEqual(job.wait(DEADLINE), 130)
+                self.assertLess(time.monotonic() - began, 2)
+                self.assertEqual((our_processes(), os.listdir(directory)), ([], []))
+
+    def test_a_node_that_dies_is_started_again(self) -> None:
+        with self.sleeping(*["0.3"] * 4) as (job, _):
+            nodes = [line for line in our_processes() if "--attended" in line]
+            os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
+            output, errors = job.communicate(timeout=DEADLINE)
+        self.assertEqual(json.loads(output), ["slept"] * 4, errors.decode())
+
+    def test_nobody_else_can_hand_in_results(self) -> None:
+        with self.sleeping("60") as (job, directory):
+            (name,) = os.listdir(directory)
+            config = crowdnode.load_config(f"{directory}/{name}/crowdnode.conf", [])
+            url, outcome = f"{config.central_server}/work/1", b"status=succeeded"
+            request = urllib.request.Request(url, outcome, method="PUT")
+            with self.assertRaisesRegex(urllib.error.HTTPError, "401"):
+                urllib.request.urlopen(request, timeout=DEADLINE)
+            job.kill()  # and its node ends with it
+        wait_for(lambda: not our_processes(), "nothing is left")
+
+    def test_outputs_go_to_a_file_or_device_or_are_not_lost(self) -> None:
+        job, place = ["--run", "word_count", "LICENSE", "--output"], self.directory()
+        result, link = os.path.join(place, "result"), os.path.join(place, "link")
+        os.close(os.open(result, os.O_CREAT, 0o600))
+        os.symlink(result, link)
+        for path, wanted, sentence in (
+            (link, (0, ""), ""),
+            (place, (2, ""), "is a directory"),
+            (f"{place}/no/such", (2, ""), "there is no writable directory"),
+            ("", (2, ""), "FILE is empty"),
+            ("/dev/stdout", (0, "["), ""),
+            ("/dev/full", (1, "["), "No space left on device; so the outputs are"),
+        ):
+            if path != "/dev/full" or os.path.exists(path):
+                done = self.job(*job, path)
+                self.assertEqual((done.returncode, done.stdout[:1]), wanted)
+                self.assertIn(sentence, done.stderr)
+        self.assertEqual(len(json.loads(crowdnode.read_file(result))), 1)
+        self.assertEqual(stat.S_IMODE(os.lstat(result).st_mode), 0o600)
+
+    def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
+        options = self.with_actions(broken=BROKEN)
+        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
+        options += ["--fail-fast", "--strings", "--run", "broken"]
+        done = self.job(*options, *map(str, range(200)))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("0: ValueError: it broke", done.stderr)
+        self.assertNotIn("\n199: ", done.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Daemon
+# ---------------------------------------------------------------------------
+
+
+class Daemon(CrowdTest):
+    def test_eight_starts_at_once_start_one_which_is_replaced_when_silent(self) -> None:
+        node = self.prepared()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for done in pool.map(node.run, ["--daemon"] * 8):
+                self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
+        self.assertEqual(len(node.central.check_ins()), 1)
+        node.constants.update(WEDGED_AFTER=0.5, HEARTBEAT_DEADLINE=0.2, TERM_GRACE=0.3)
+        pid = node.daemon_pid
+        self.assertNotEqual(os.getsid(pid), os.getsid(0))
+        done = node.run("--daemon")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        done = node.run()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(f"a node runs here already, as process {pid}", done.stderr)
+        os.kill(pid, signal.SIGSTOP)
+        done = node.run("--daemon")
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn(f"(process {pid}) has not answered for 0.5 s", done.stderr)
+        self.assertFalse(alive(pid))
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+
+    def test_no_process_but_the_node_is_ever_signalled(self) -> None:
+        node = self.prepared(constants={"WEDGED_AFTER": 0, "HEARTBEAT_DEADLINE": 0.1})
+        stranger = subprocess.Popen(["sleep", "60"], env=environment())
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        os.mkdir(node.path("state"), 0o700)
+        path = node.path("state", "node.pid")
+        here = {**crowdnode.THIS_MACHINE, "started": 1.0}
+        away = {**here, "host": "A", "boot_id": "B"}
+        commands, now = ["--stop", "--reload", "--daemon"], time.time()
+        for machine, locked, touched, count, status, said in (
+            (away, True, now, 3, 1, "a node runs on host A"),
+            (away, False, now, 3, 1, "a node runs on host A"),
+            (here, True, now, 3, 1, f"process {stranger.pid} is not the node"),
+            (here, False, now, 2, 3, "no node runs here"),
+            (away, False, 1e9, 2, 3, "no node runs here"),
+        ):
+            with open(path, "w") as file:
+                file.write(f"{stranger.pid}\n{json.dumps(machine)}\n")
+                file.flush()
+                os.utime(path, (touched, touched))
+                if locked:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                for command in commands[:count]:
+                    with self.subTest(command, locked=locked, host=machine["host"]):
+                        done = node.run(command)
+                        self.assertIn(said, done.stderr)
+                        self.assertEqual(done.returncode, status)
+                        self.assertIsNone(stranger.poll(), "it was signalled")
+        self.assertEqual(node.run("--daemon").returncode, 0)
+        self.assertIsNone(stranger.poll())
+
+    def test_descriptors_may_be_closed_but_must_not_be_few(self) -> None:
+        node = self.prepared()
+        for script, status, said in (
+            ("ulimit -n 9", 1, "Too many open files"),
+            ("exec <&- >&- 2>&-", 0, ""),
+        ):
+            command = [
+                "sh",
+                "-c",
+                f'{script}; exec "$@"',
+                "sh",
+                *node.command("--daemon"),
+            ]
+            env = environment()
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertIn(said, done.stderr)
+            self.assertNotIn("Traceback", done.stderr + node.log())
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
 
 def free_port() -> int:
@@ -3482,222 +3691,6 @@ class Upgrade(CrowdTest):
         wait_for(lambda: not node.status()["overloaded"], "there is room")
         self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
         node.stop()
-
-
-# ---------------------------------------------------------------------------
-# Local central
-# ---------------------------------------------------------------------------
-
-
-class Run(CrowdTest):
-    """Jobs of --run."""
-
-    def test_one_file_in_an_empty_environment_is_enough(self) -> None:
-        home, license, odd = self.directory(), f"{HERE}/LICENSE", "é %25?x=1#.txt"
-        shutil.copy(license, os.path.join(home, odd))
-        program = [sys.executable, shutil.copy(PROGRAM, home), "--run", "word_count"]
-        before, words = os.listdir(home), len(crowdnode.read_file(license).split())
-        env = {MARK.partition("=")[0]: str(os.getpid()), "HOME": home, "TMPDIR": home}
-        job = [*program, odd, crowdnode.file_url(license)]
-        done = subprocess.run(job, capture_output=True, cwd=home, env=env)
-        self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [2 * words]))
-        self.assertEqual(os.listdir(home), before, "files are left")
-
-    def test_outputs_come_in_the_order_of_inputs_with_a_bar_on_a_terminal(self) -> None:
-        options = self.with_actions(echo=ECHO)
-        path = os.path.join(self.directory(), "outputs")
-        strings = [f"string {number}" for number in range(500)]
-        job = [*options, "--output", path, "--strings", "--run", "echo", *strings]
-        shown = self.on_terminal(sys.executable, PROGRAM, *job)
-        self.assertEqual(json.loads(crowdnode.read_file(path)), strings)
-        bar = r"\r.*\[#+ *\] \d+ of 500 done, 0 failed, \d+ running, [\d.]+/s, .* left"
-        self.assertRegex(shown, bar)
-        self.assertIn("500 of 500 done, 0 failed", shown)
-
-    def test_an_input_that_fails_is_named_after_its_attempts(self) -> None:
-        process = "print('attempt', self.options['attempts']); return int(self.input)"
-        options = self.with_actions(odd=ECHO.replace("return self.input", process))
-        for settings, attempts in (([], 3), (["--set", "work_unit_retries=1"], 1)):
-            done = self.job(*options, *settings, "--strings", "--run", "odd", *"1x2")
-            self.assertEqual((done.returncode, done.stdout), (1, "[1, null, 2]\n"))
-            self.assertIn("x: ValueError: invalid literal", done.stderr)
-            self.assertIn("(odd.py, line", done.stderr)
-            self.assertEqual(done.stderr.count("Traceback"), attempts)
-            self.assertIn(f"output: attempt {attempts - 1}", done.stderr)
-            self.assertNotIn(f"output: attempt {attempts}", done.stderr)
-
-    def test_a_job_goes_through_split_process_and_merge(self) -> None:
-        options = self.with_actions(pieces=PIECES)
-        job = [*options, "--strings", "--run", "pieces", "a bb ccc", "dddd eeeee"]
-        done = self.job(*job)
-        self.assertEqual(json.loads(done.stdout), [[1, 2, 3, 4, 5]], done.stderr)
-
-    def test_options_and_inputs_may_stand_in_any_order(self) -> None:
-        action = ECHO.replace("self.input", "[self.input, self.options['k']]")
-        job = self.with_actions(echo=action)
-        job += ["--set", "local_storage_path=/dev/null/x"]  # is not used
-        job += ["a", "--strings", "--options", '{"k": "é"}', "--run", "echo", "-", "b"]
-        done = self.job(*job, "--quiet", "--", "-x", input="one\ntwo words\n")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        wanted = [[text, "é"] for text in ("a", "one", "two words", "b", "-x")]
-        self.assertEqual(json.loads(done.stdout), wanted)
-
-    def test_an_input_that_cannot_be_sent_fails_alone(self) -> None:
-        options = self.with_actions(echo=ECHO)
-        options += ["--set", "max_request_size=1", "--strings", "--run", "echo"]
-        done = self.job(*options, b"caf\xff", "-", "good", input="x" * 1100000)
-        self.assertEqual((done.returncode, done.stdout), (1, '[null, null, "good"]\n'))
-        self.assertIn("the output is not JSON: ", done.stderr)
-        self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
-
-
-class RunEnds(CrowdTest):
-    """How a job of --run ends, and where its outputs go."""
-
-    def sleeping(self, *inputs: str, more: str = "") -> Any:
-        """A job whose action sleeps, after it has executed *more*."""
-        action = SLEEPER.replace("time.sleep(", f"{more}\n        time.sleep(")
-        options = self.with_actions(sleeper=action)
-        return self.started_job(*options, "--strings", "--run", "sleeper", *inputs)
-
-    def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
-        ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-        for more in ("", ignore):
-            with self.subTest(more), self.sleeping("60", more=more) as (job, directory):
-                began = time.monotonic()
-                for _ in range(3):  # people press it more than once
-                    job.send_signal(signal.SIGINT)
-                self.assertEqual(job.wait(DEADLINE), 130)
-                self.assertLess(time.monotonic() - began, 2)
-                self.assertEqual((our_processes(), os.listdir(directory)), ([], []))
-
-    def test_a_node_that_dies_is_started_again(self) -> None:
-        with self.sleeping(*["0.3"] * 4) as (job, _):
-            nodes = [line for line in our_processes() if "--attended" in line]
-            os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
-            output, errors = job.communicate(timeout=DEADLINE)
-        self.assertEqual(json.loads(output), ["slept"] * 4, errors.decode())
-
-    def test_nobody_else_can_hand_in_results(self) -> None:
-        with self.sleeping("60") as (job, directory):
-            (name,) = os.listdir(directory)
-            config = crowdnode.load_config(f"{directory}/{name}/crowdnode.conf", [])
-            url, outcome = f"{config.central_server}/work/1", b"status=succeeded"
-            request = urllib.request.Request(url, outcome, method="PUT")
-            with self.assertRaisesRegex(urllib.error.HTTPError, "401"):
-                urllib.request.urlopen(request, timeout=DEADLINE)
-            job.kill()  # and its node ends with it
-        wait_for(lambda: not our_processes(), "nothing is left")
-
-    def test_outputs_go_to_a_file_or_device_or_are_not_lost(self) -> None:
-        job, place = ["--run", "word_count", "LICENSE", "--output"], self.directory()
-        result, link = os.path.join(place, "result"), os.path.join(place, "link")
-        os.close(os.open(result, os.O_CREAT, 0o600))
-        os.symlink(result, link)
-        for path, wanted, sentence in (
-            (link, (0, ""), ""),
-            (place, (2, ""), "is a directory"),
-            (f"{place}/no/such", (2, ""), "there is no writable directory"),
-            ("", (2, ""), "FILE is empty"),
-            ("/dev/stdout", (0, "["), ""),
-            ("/dev/full", (1, "["), "No space left on device; so the outputs are"),
-        ):
-            if path != "/dev/full" or os.path.exists(path):
-                done = self.job(*job, path)
-                self.assertEqual((done.returncode, done.stdout[:1]), wanted)
-                self.assertIn(sentence, done.stderr)
-        self.assertEqual(len(json.loads(crowdnode.read_file(result))), 1)
-        self.assertEqual(stat.S_IMODE(os.lstat(result).st_mode), 0o600)
-
-    def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
-        options = self.with_actions(broken=BROKEN)
-        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
-        options += ["--fail-fast", "--strings", "--run", "broken"]
-        done = self.job(*options, *map(str, range(200)))
-        self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertIn("0: ValueError: it broke", done.stderr)
-        self.assertNotIn("\n199: ", done.stderr)
-
-
-# ---------------------------------------------------------------------------
-# Daemon
-# ---------------------------------------------------------------------------
-
-
-class Daemon(CrowdTest):
-    def test_eight_starts_at_once_start_one_which_is_replaced_when_silent(self) -> None:
-        node = self.prepared()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for done in pool.map(node.run, ["--daemon"] * 8):
-                self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
-        self.assertEqual(len(node.central.check_ins()), 1)
-        node.constants.update(WEDGED_AFTER=0.5, HEARTBEAT_DEADLINE=0.2, TERM_GRACE=0.3)
-        pid = node.daemon_pid
-        self.assertNotEqual(os.getsid(pid), os.getsid(0))
-        done = node.run("--daemon")
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
-        done = node.run()
-        self.assertEqual(done.returncode, 1)
-        self.assertIn(f"a node runs here already, as process {pid}", done.stderr)
-        os.kill(pid, signal.SIGSTOP)
-        done = node.run("--daemon")
-        self.assertEqual((done.returncode, done.stdout), (0, ""))
-        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
-        self.assertIn(f"(process {pid}) has not answered for 0.5 s", done.stderr)
-        self.assertFalse(alive(pid))
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
-
-    def test_no_process_but_the_node_is_ever_signalled(self) -> None:
-        node = self.prepared(constants={"WEDGED_AFTER": 0, "HEARTBEAT_DEADLINE": 0.1})
-        stranger = subprocess.Popen(["sleep", "60"], env=environment())
-        self.addCleanup(stranger.wait)
-        self.addCleanup(stranger.kill)
-        os.mkdir(node.path("state"), 0o700)
-        path = node.path("state", "node.pid")
-        here = {**crowdnode.THIS_MACHINE, "started": 1.0}
-        away = {**here, "host": "A", "boot_id": "B"}
-        commands, now = ["--stop", "--reload", "--daemon"], time.time()
-        for machine, locked, touched, count, status, said in (
-            (away, True, now, 3, 1, "a node runs on host A"),
-            (away, False, now, 3, 1, "a node runs on host A"),
-            (here, True, now, 3, 1, f"process {stranger.pid} is not the node"),
-            (here, False, now, 2, 3, "no node runs here"),
-            (away, False, 1e9, 2, 3, "no node runs here"),
-        ):
-            with open(path, "w") as file:
-                file.write(f"{stranger.pid}\n{json.dumps(machine)}\n")
-                file.flush()
-                os.utime(path, (touched, touched))
-                if locked:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                for command in commands[:count]:
-                    with self.subTest(command, locked=locked, host=machine["host"]):
-                        done = node.run(command)
-                        self.assertIn(said, done.stderr)
-                        self.assertEqual(done.returncode, status)
-                        self.assertIsNone(stranger.poll(), "it was signalled")
-        self.assertEqual(node.run("--daemon").returncode, 0)
-        self.assertIsNone(stranger.poll())
-
-    def test_descriptors_may_be_closed_but_must_not_be_few(self) -> None:
-        node = self.prepared()
-        for script, status, said in (
-            ("ulimit -n 9", 1, "Too many open files"),
-            ("exec <&- >&- 2>&-", 0, ""),
-        ):
-            command = [
-                "sh",
-                "-c",
-                f'{script}; exec "$@"',
-                "sh",
-                *node.command("--daemon"),
-            ]
-            env = environment()
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
-            self.assertEqual(done.returncode, status, done.stderr)
-            self.assertIn(said, done.stderr)
-            self.assertNotIn("Traceback", done.stderr + node.log())
-        self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
 
 # ---------------------------------------------------------------------------
