@@ -20,12 +20,13 @@ Processes:
                      leaves its outcome on disk, exits
 
 A fork of a process with threads can copy a lock in its locked state, so only the fork
-server forks, with one thread.  A fork costs what its parent's memory costs, so the node
-sends it just the first half of this source.  An outcome is on disk before it is on the
-wire, and only the node uses the network: each process may be killed at any moment.
+server forks, with one thread.  The cost of a fork grows with the parent's memory, so
+the fork server gets only the first half of this source.  An outcome is on disk before
+it is on the wire, and only the node uses the network: each process may be killed at any
+moment.
 
-A unit comes in at Node.accept, its worker's end arrives at Node.settle, and its outcome
-leaves at Node.report_units.  After a death, Node.adopt_records goes on from records.
+Node.accept takes a unit, Node.settle handles the end of its worker, Node.report_units
+reports its outcome.  After a crash, Node.adopt_records continues from the records.
 
 Routes:   GET /heartbeat     "buh-bump"
           POST /work         {"pid": 4711}: the unit is accepted, and will be reported
@@ -367,12 +368,12 @@ def this_machine() -> Json:
 
 # Computed by the node, which hands it to its fork servers.
 THIS_MACHINE: Json = {} if FORK_SERVER else this_machine()
-START_TOLERANCE = 2.0  # seconds; macOS's ps tells whole seconds
+START_TOLERANCE = 2.0  # seconds; macOS's ps prints whole seconds
 
 
 def start_of_process(pid: int) -> float | None:
     """Return when the process *pid* began, by boot_clock(); None where it has ended, as
-    a zombie has.  Raises OSError where that can't be told now."""
+    a zombie has.  Raises OSError where it can't be read now."""
     try:
         if sys.platform == "darwin":
             command = ["ps", "-o", "state=,lstart=", "-p", str(pid)]
@@ -458,7 +459,7 @@ BOOLEAN: Kind = (
     lambda value: configparser.ConfigParser.BOOLEAN_STATES[value.lower()],
 )
 SIZE = number(1, 1_000_000, " (MB)")
-SECONDS = number(0.1, 10_000_000, " (seconds)")
+SECONDS = number(0.1, 2_000_000, " (seconds)")  # poll() takes 2**31 milliseconds
 ASCII = matching(r"[!-~]*", "ASCII without blanks")
 HOST = matching(
     r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})|\[[0-9A-Fa-f:.]+\]",
@@ -1172,7 +1173,8 @@ class ExecutableAction(Action):
         environment = dict(os.environ)
         for name in ("stage", *names[:3]):
             value = request[name]
-            text = value if isinstance(value, str) else to_json(value) if value else ""
+            text = value if isinstance(value, str) else to_json(value)
+            text = "" if value is None else text
             if "\0" not in text and len(os.fsencode(text)) < ENVIRONMENT_LIMIT:
                 environment[f"CROWDNODE_{name.upper()}"] = text
         try:
@@ -1800,6 +1802,8 @@ def discard_directory(config: Config, path: str) -> None:
     """Move a directory to where the node's monitor removes it: that may take long."""
     trash = os.path.join(config.temp_storage_path, TRASH)
     make_private_directory(trash)
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o700)  # to move a directory takes the right to write to it
     os.rename(path, os.path.join(trash, f"{os.getpid()}.{time.monotonic_ns()}"))
 
 
@@ -1902,6 +1906,7 @@ class ForkServer:
         """Have each SIGCHLD write to the pipe, whatever modules or parents have set."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, wake_up)
         for descriptor in (self.wake, self.wake_writer):
             os.set_blocking(descriptor, False)
@@ -1920,7 +1925,7 @@ class ForkServer:
         while self.node_is_there or self.workers or self.deadlines:
             try:
                 self.step()
-            except OSError as error:  # unexpected; go on all the same
+            except Exception as error:  # unexpected; go on all the same
                 print(f"a step failed: {error}; trying again", file=sys.stderr)
                 time.sleep(ERROR_PAUSE)
                 self.reap()
@@ -2001,7 +2006,7 @@ class ForkServer:
                     os.close(descriptor)
 
     def _be_worker(self, worker: Worker) -> NoReturn:
-        """Be the child, to its end."""
+        """Run *worker* in the child process, and exit."""
         code = EXIT_FAILED
         try:
             signal.set_wakeup_fd(-1)
@@ -2056,7 +2061,7 @@ class ForkServer:
                     )
 
     def end_orphans(self) -> None:
-        """Kill the children that no unit has any more: daemons that a unit has left."""
+        """Kill daemons that ended units have left running."""
         del self.deadlines[ORPHANS]
         for pid in child_pids().difference(self.workers, self.own_children):
             with contextlib.suppress(OSError):
@@ -2064,7 +2069,7 @@ class ForkServer:
 
 
 def run_fork_server(channel: socket.socket, configuration: Json) -> None:
-    """Be a fork server to its end.  Its last words go to fork_server.out."""
+    """Run a fork server until it ends.  Its errors go to fork_server.out."""
     ForkServer(channel, configuration).serve()
 
 
@@ -2347,12 +2352,14 @@ def check_storage(config: Config) -> None:
     try:
         STORES[config.storage](config).check()
     except OSError as error:
-        sentence = f"storage = {config.storage}: can't be used: {error.strerror}"
+        sentence = (
+            f"storage = {config.storage}: can't be used: {error.strerror or error}"
+        )
         raise CrowdError(sentence) from None
 
 
 def preflight_warnings(config: Config) -> list[str]:
-    """Return what a person should know of the configuration and its files."""
+    """Return warnings about the configuration and its files."""
     found, path = list(config.warnings), config.state_path
     with contextlib.suppress(OSError):
         if os.stat(path).st_mode & 0o077:
@@ -2592,7 +2599,7 @@ class PeriodicTimer(threading.Timer):
             self.woken.set()
 
     def stop(self) -> None:
-        """Call step no more."""
+        """Stop the loop."""
         self.cancel()
         self.woken.set()
 
@@ -2669,6 +2676,7 @@ LAUNCH = """
 import json, socket, sys, types
 sys.path[:] = [path for path in sys.path if path]  # without '', the work directory
 channel = socket.socket(fileno=int(sys.argv[1]))
+channel.set_inheritable(False)
 with channel.makefile("rb") as file:
     source = file.read(int(file.readline()))
     configuration = json.loads(file.readline())
@@ -2704,7 +2712,7 @@ class Unit:
         self.seconds: float | None = None  # that it took, once it has ended
         self.wait_status: int | None = None  # None where the node could not see it
         self.timed_out = False
-        self.replies_due = 0  # requests that wait to be told its pid
+        self.replies_due = 0  # requests whose reply with the pid is not written yet
         self.replied_at: float | None = None  # monotonic; when central was told it
         self.kind = ""  # of its outcome: one of OUTCOMES
         self.is_counted = False  # its outcome is in the counters and the log
@@ -2712,7 +2720,7 @@ class Unit:
         self.due: float | None = None
         self.backoff = Backoff()
         self.refusals = 0  # reports answered with 500, while others were taken
-        self.taken_before = -1  # reports of others, at the last refusal
+        self.taken_before = -1  # counts["reported"] at the last refusal
 
     def __str__(self) -> str:
         label, stage = self.head.get("label") or "-", self.head["stage"]
@@ -2793,6 +2801,9 @@ class ForkServerProcess:
             self._reader = start_thread(self._read)
         except RuntimeError:
             self.kill()
+            self._process.wait()
+            own_children.discard(self.pid)
+            self._socket.close()
             raise
         half = source.partition(END_OF_FORK_SERVER)[0]
         configuration = json.dumps({"config": vars(config), "machine": THIS_MACHINE})
@@ -2886,7 +2897,7 @@ class Overload:
             log.warning("refusing work: %s", reason)
 
     def end(self, kind: str) -> None:
-        """Let the reason *kind* count no more."""
+        """Remove the reason *kind*."""
         with self._lock:
             is_known = self.reasons.pop(kind, None) is not None
         if is_known and self.reasons:
@@ -2904,7 +2915,7 @@ class Overload:
 
 
 class Counters:
-    """What this node's units have come to so far."""
+    """Counters and recent history of this node's units."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -2965,7 +2976,7 @@ class ReportHold:
         """Release *unit* when its time has come."""
         is_success = unit.wait_status == 0
         hold = SUCCESS_HOLD if is_success else FAILURE_HOLD
-        due = (unit.replied_at or 0.0) + min(hold * self.factor, max(hold, HOLD_LIMIT))
+        due = (unit.replied_at or 0.0) + min(hold * self.factor, HOLD_LIMIT)
         if due <= time.monotonic():
             return self.release(unit)
         with self._lock:
@@ -3049,7 +3060,7 @@ class Node:
         self.units: dict[str, Unit] = {}
         self.active: dict[Unit, None] = {}  # those whose workers live, in order
         self.reported: dict[str, Reported] = {}  # see check_reports()
-        self.unreached: set[Unit] = set()  # whose reports central has not received
+        self.unreached: set[Unit] = set()  # whose last report central has not received
         self.fork_server: ForkServerProcess | None = None
         self.restarts = 0  # of fork servers
         self.to_report: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
@@ -3069,8 +3080,11 @@ class Node:
         self.may_be_known = inherited  # to central
         self.is_stopping = self.is_checked_out = self.is_replaced = False
         self.reload_lock = threading.Lock()  # held while a fork server is exchanged
+        # What a shell started before it executed this program; kept over an upgrade.
+        earlier = lock.earlier.get("others", []) if inherited else child_pids()
+        self.others: set[int] = set(earlier)
         self.unlocked: set[str] = set()  # units whose workers had gone at the last tick
-        self.strays: set[int] = set()  # children of no known kind at the last tick
+        self.strays: set[int] = set()  # unknown children at the last tick
         self.warned: set[str] = set()  # of what is logged only once
         self.looked_at = 0.0  # monotonic; at central's /status
         self.look: threading.Thread | None = None
@@ -3103,7 +3117,7 @@ class Node:
         if self.may_be_known:
             self.shut_down()
         for _ in range(3):  # a fork server that loads; what units have left behind
-            for pid in child_pids().union(own_children):
+            for pid in child_pids().difference(self.others).union(own_children):
                 kill_group(pid, signal.SIGKILL)
             time.sleep(0.01)  # what these have left becomes our child
         if not self.may_be_known:
@@ -3177,8 +3191,13 @@ class Node:
             time.sleep(0.02)
         try:
             if is_renamed:
-                self.central_at(url).check_out(name)
-                log.info("checked out %s at %s, the name of an earlier node", name, url)
+                try:
+                    self.central_at(url).check_out(name)
+                    log.info("checked out %s, an earlier node's name, at %s", name, url)
+                except CentralError as error:
+                    if url == self.central.url:
+                        raise
+                    log.warning("can't check out %s at %s: %s", name, url, error)
             if is_renamed and self.active:
                 self.withdraw_all()
             else:
@@ -3228,11 +3247,12 @@ class Node:
         self.make_room()
         self.read_machine()
         now = time.monotonic()
-        self.requeue(unit for unit in self.waiting() if (unit.due or now) <= now)
-        self.remove_stale_directories()
+        waiting = self.waiting()
+        self.requeue(unit for unit in waiting if unit.due and unit.due <= now)
         self.lock.touch()
         self.look_at_central()
         self.counters.add_minute(self.load_average, self.free_memory)
+        self.remove_stale_directories()  # last: it may take long
 
     def read_machine(self) -> None:
         """Read load average and memory; refuse work while a limit is exceeded."""
@@ -3303,7 +3323,7 @@ class Node:
         A second signal skips the waiting."""
         self.overload.begin("stopping", "the node is stopping")
         with contextlib.suppress(OSError):
-            self.adopt_records()  # of before an upgrade, whose start is not over
+            self.adopt_records()  # an upgraded node may not have adopted them yet
         log.info("stopping; %d units are running", len(self.active))
         self.check_in_timer.stop()
         self.start_reporters()  # an upgrade may have stopped them
@@ -3316,6 +3336,10 @@ class Node:
             self.check_out()
         except CentralError as error:
             log.warning("can't check out: %s; the next node here will do it", error)
+            with self.changed:
+                for unit in self.active:  # that check-out releases them, too
+                    self.mark_withdrawn(unit)
+                    unit.state = WITHDRAWN
         for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
             with self.changed:
                 for unit in self.active:
@@ -3384,7 +3408,7 @@ class Node:
                 if not is_right or not re.fullmatch(pattern, output):
                     said = errors.decode("utf-8", "replace").strip()
                     problem = said or f"{arguments[-1]} printed {output[:80]!r}"
-            except (OSError, subprocess.TimeoutExpired) as error:
+            except OSError as error:
                 problem = str(error)
         if problem:
             log.error("%s has been replaced by a version that does not work here; this "
@@ -3514,7 +3538,7 @@ class Node:
         tick, too: what a dead fork server's workers have left becomes our child, as do
         they (see become_subreaper), and after an upgrade the old fork server is one."""
         orphans = {unit.worker for unit in list(self.active)}
-        strays = child_pids() - own_children
+        strays = child_pids() - own_children - self.others
         for pid in strays & self.strays:
             with contextlib.suppress(OSError):
                 if pid not in orphans:
@@ -3626,7 +3650,7 @@ class Node:
             else:
                 unit.state = ENDED
                 if wait_status != 0:
-                    with contextlib.suppress(OSError):  # else when it is reported
+                    with contextlib.suppress(OSError):  # report() tries again
                         self.outcome_of(unit)
                 self.queue_report(unit)
             self.make_room()
@@ -3672,7 +3696,7 @@ class Node:
             except OSError as error:
                 if unit.backoff.wait < RETRY_WAIT_LIMIT:
                     raise
-                # For a minute now: report what the next node would find out.
+                # For a minute now: report what the next node would derive.
                 log.warning("%s: can't write its outcome: %s", unit, error)
                 unit.wait_status, unit.timed_out = None, False
                 outcome.output = failure(DIED_UNWATCHED + last_words)
@@ -3690,7 +3714,7 @@ class Node:
             return Record()
 
     def withdraw(self, unit: Unit, reason: str) -> None:
-        """End *unit* without a report: central has released it, or not had its pid."""
+        """End *unit* without a report: central has released it, or not got its pid."""
         with self.changed:
             if unit.state == WITHDRAWN:
                 return
@@ -3790,15 +3814,15 @@ class Node:
     def report_units(self) -> None:
         """Report outcomes to central, until None comes (one of the reporters)."""
         for unit in iter(self.to_report.get, None):
+            is_unreached = False
             try:
                 self.report(unit)
                 continue
             except CentralError as error:
                 # Central may have taken it, and a second report is not free.
-                least = 0 if error.unreached else RETRY_WAIT_LIMIT
+                is_unreached = error.unreached
+                least = 0 if is_unreached else RETRY_WAIT_LIMIT
                 wait, reason = unit.backoff.next(least), f"not reported: {error}"
-                if error.unreached:
-                    self.unreached.add(unit)
             except OSError as error:
                 wait = unit.backoff.next()
                 reason = f"its record can't be read or written: {error}"
@@ -3806,21 +3830,31 @@ class Node:
                 log.exception("%s: can't be reported", unit)
                 wait, reason = float(RETRY_WAIT_LIMIT), "see above"
             log.warning("%s: %s; again in %.0f s", unit, reason, wait)
-            unit.due = time.monotonic() + wait
+            with self.changed:
+                unit.due = time.monotonic() + wait
+                if is_unreached:
+                    self.unreached.add(unit)
 
     def report(self, unit: Unit) -> None:
         """Report the outcome of *unit*.  Raises CentralError, and OSError where the
         outcome can't be read or written down now."""
         is_here = unit.state == ENDED and self.units.get(unit.id) is unit
         outcome = self.outcome_of(unit) if is_here else None
-        if outcome is None:
-            return None  # withdrawn
+        if outcome is None:  # withdrawn, or its record is another's
+            if is_here and unit.state == ENDED:
+                self.forget(unit)
+            return None
         if not unit.is_counted:
             self.log_outcome(unit, outcome)
             unit.is_counted = True
         central = self.central_at(unit.head.get("central"))
+        # After a reload the central before it may send units that are taken for ours.
+        others = [other for other in self.centrals.values() if other.is_confirmed]
         try:
-            is_known = central.report(unit.id, unit.worker, outcome)
+            is_known = any(
+                server.report(unit.id, unit.worker, outcome)
+                for server in dict.fromkeys([central, *others])
+            )
         except CentralError as error:
             if error.status != 500 or not self.is_too_much(unit):
                 raise
@@ -3837,8 +3871,7 @@ class Node:
                     self.keep_reported(unit)
                 else:
                     self.remove(unit)
-        if self.unreached:  # central is back
-            ready, self.unreached = self.unreached, set()
+            ready, self.unreached = self.unreached, set()  # central is back
             self.requeue(ready)
         return None
 
@@ -3860,10 +3893,10 @@ class Node:
             "takes 4194304: return less, or set RACK_QUERY_PARSER_BYTESIZE_LIMIT in "
             "central's environment"
         )
-        unit.refusals += 1
         log.error("%s: %s", unit, reason)
         line = Outcome("failed", outcome.seconds, failure(reason)).line()
         append_line(unit.path, line)
+        unit.refusals += 1
 
     def log_outcome(self, unit: Unit, outcome: Outcome) -> None:
         """Count an outcome; log it, and what the worker has printed."""
@@ -3879,7 +3912,7 @@ class Node:
         log.info("%s: %s after %.2f s%s", unit, verb, seconds, why)
 
     def requeue(self, units: Iterable[Unit]) -> None:
-        """Queue the reports of *units*, which have failed before."""
+        """Queue the reports of *units* again, unless they are queued."""
         with self.changed:
             for unit in units:
                 if unit.state == ENDED and unit.due:
@@ -3926,7 +3959,11 @@ class Node:
         try:
             listed = central.running_pids() if central.commits_late else set()
         except CentralError as error:
-            return log.warning("can't look for lost reports: %s; trying again", error)
+            log.warning("can't look for lost reports: %s; trying again", error)
+            for name, entry in entries:
+                if time.monotonic() - entry.taken_at > HOLD_MEMORY:
+                    self.drop_reported(name)
+            return
         with self.changed:
             here = {unit.worker for unit in self.units.values()}
         for name, entry in entries:
@@ -3939,7 +3976,6 @@ class Node:
             entry.unlisted = 0
             if time.monotonic() - entry.taken_at > STUCK_AFTER:
                 self.report_again(name, entry)
-        return None
 
     def report_again(self, name: str, entry: Reported) -> None:
         """Report a unit once more whose report central has lost."""
@@ -4034,7 +4070,7 @@ class Node:
             unit = Unit(head, self.config, None)
             unit.process_started = record.started
             is_told = record.pid is not None and not record.withdrawn
-            unit.state = RUNNING if is_told else WITHDRAWN  # nobody was told its pid
+            unit.state = RUNNING if is_told else WITHDRAWN  # its pid was never sent
             unit.pid.set_result(record.pid or 0)
             if head.get("boot_id") == boot_id:
                 unit.began -= max(0.0, boot_clock() - float(head["started"]))
@@ -4079,8 +4115,8 @@ class Node:
         """Remove the work directories of units that this node does not have."""
         root = self.config.temp_storage_path
         for action in filter(ACTION_NAME.fullmatch, os.listdir(root)):
-            for name in os.listdir(f"{root}/{action}"):
-                with self.changed:
+            with self.changed, contextlib.suppress(OSError):  # and go on with others
+                for name in os.listdir(f"{root}/{action}"):
                     if name[:5] == "unit_" and name[5:] not in self.units:
                         discard_directory(self.config, f"{root}/{action}/{name}")
         trash = f"{root}/{TRASH}"
@@ -4485,6 +4521,7 @@ class NodeServer(Server):
         """Start a thread for the request; answer it here where none can be had."""
         with self.lock:
             self.connections[request] = time.monotonic()
+        request.settimeout(REQUEST_DEADLINE + 5)  # of one read or write
         if len(self.connections) > MAX_CONNECTIONS:
             self.shut_oldest()
         try:
@@ -4549,7 +4586,6 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
     status and a sentence where that one answers 500."""
 
     server: NodeServer
-    timeout = REQUEST_DEADLINE + 5  # of one read or write; see NodeServer
     rbufsize = 8192
 
     def handle(self) -> None:
@@ -5024,7 +5060,7 @@ class LocalRun:
         values.update(host="127.0.0.1", bind="127.0.0.1", port=0, dialect="seed")
         values.update(tag=None, allow=[], drain_time=0.0, max_load=None)
         values.update(min_free_memory=None, min_available_memory=None)
-        # Nobody else on this machine can send the node work.
+        # No other user can send work to this node.
         password = os.urandom(16).hex()
         values.update(http_authentication=True, login="run", password=password)
         work = os.path.join(self.directory, "work")
@@ -5098,7 +5134,7 @@ class LocalRun:
                     start_new_session=True,  # Ctrl-C comes here, and we stop the node
                 )
         self._show_progress()
-        if central.failures:  # who tries an action out wants its tracebacks
+        if central.failures:  # tracebacks help whoever tests an action
             for line in self._log_tail().splitlines():
                 if " output: " in line:
                     self._say(line)
@@ -5209,7 +5245,7 @@ def run_node(
     arguments: argparse.Namespace,
     started: Callable[[], None] = lambda: None,
 ) -> int:
-    """Be the node, with *lock* held, until a signal stops it; call *started* when it
+    """Run the node, with *lock* held, until a signal stops it; call *started* when it
     has checked in.  Raises CrowdError."""
     config, node = lock.config, None
     lock_file, listener = arguments.inherit or (None, None)
@@ -5230,7 +5266,7 @@ def run_node(
         port, is_inherited = int(server.server_address[1]), listener is not None
         node = Node(config, port, lock, load, server.finish, is_inherited)
         server.node = node
-        lock.write(port=port)
+        lock.write(port=port, others=sorted(node.others))
         start_thread(server.serve_forever)
         if arguments.attended:
             start_thread(stop_at_end_of_input, node)
@@ -5348,10 +5384,12 @@ def run_in_background(
     if os.fork():
         os._exit(EXIT_OK)
 
+    pipe = open(writer, "w")  # noqa: SIM115
+
     def tell(status: int, sentence: str = "") -> None:
-        with contextlib.suppress(OSError):  # nobody waits any more
-            os.write(writer, f"{status} {sentence}".encode())
-            os.close(writer)
+        # OSError: nothing waits any more; ValueError: it was told before.
+        with contextlib.suppress(OSError, ValueError), pipe:
+            pipe.write(f"{status} {sentence}")
 
     try:
         os.chdir("/")
