@@ -4894,7 +4894,9 @@ class LocalCentral(Server):
         self.action = action
         self.stages = stages
         self.options = options
-        self.job_id = int(time.time() * 1000)  # part of the names of what units save
+        self.job_id = int(
+            f"{time.time_ns()}{os.getpid()}"
+        )  # part of the names of what units save
         self.changed = threading.Condition()
         self.finished = threading.Event()
         self.pending: deque[Task] = deque()
@@ -5753,10 +5755,10 @@ def find_config(given: str | None) -> str | None:
     """Return the path of the configuration file; *given*: --config, empty for none."""
     if given is not None:
         return os.path.abspath(given) if given else None
-    for directory in (os.getcwd(), os.path.dirname(PROGRAM)):
+    for directory in (".", os.path.dirname(PROGRAM)):  # the former may be gone
         path = os.path.join(directory, "crowdnode.conf")
         if os.path.exists(path):
-            return path
+            return os.path.abspath(path)
     return None
 
 

@@ -3124,6 +3124,15 @@ class Run(CrowdTest):
         self.assertIn("the output is not JSON: ", done.stderr)
         self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
 
+    def test_a_working_directory_that_is_gone_does_not_matter(self) -> None:
+        script = 'cd "$1"; rmdir "$1"; shift; exec "$@"'
+        job = [PROGRAM, "--run", "word_count", os.path.join(HERE, "LICENSE")]
+        command = ["sh", "-c", script, "sh", tempfile.mkdtemp(), sys.executable, *job]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment()
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+
 
 class RunEnds(CrowdTest):
     """How a job of --run ends, and where its outputs go."""
