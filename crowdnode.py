@@ -368,7 +368,8 @@ def this_machine() -> Json:
 
 # Computed by the node, which hands it to its fork servers.
 THIS_MACHINE: Json = {} if FORK_SERVER else this_machine()
-START_TOLERANCE = 2.0  # seconds; macOS's ps prints whole seconds
+# Seconds; macOS's ps prints whole ones.
+START_TOLERANCE = 2.0 if sys.platform == "darwin" else 0.5
 
 
 def start_of_process(pid: int) -> float | None:
@@ -3178,7 +3179,7 @@ class Node:
         another name or elsewhere is checked out in any case, and its units are others'
         then.  Raises CrowdError."""
         earlier: Json = self.lock.earlier.get("checked_in") or {}
-        url, name = earlier.get("url"), earlier.get("name")
+        url, name = earlier.get("url") or "", earlier.get("name") or ""
         names = (self.central.name("seed"), self.central.name("0.5"))
         is_renamed = bool(earlier) and (url != self.central.url or name not in names)
         if self.active and not is_renamed:
@@ -3193,19 +3194,19 @@ class Node:
             if is_renamed:
                 try:
                     self.central_at(url).check_out(name)
+                    self.withdraw_all(url)
                     log.info("checked out %s, an earlier node's name, at %s", name, url)
                 except CentralError as error:
                     if url == self.central.url:
                         raise
                     log.warning("can't check out %s at %s: %s", name, url, error)
-            if is_renamed and self.active:
-                self.withdraw_all()
-            else:
+            if not self.active:
                 self.check_out()
         except CentralError as error:
             raise self.not_connected(error) from None
         for unit in list(self.active):
-            self.signal(unit, signal.SIGKILL)
+            if unit.state == WITHDRAWN:
+                self.signal(unit, signal.SIGKILL)
 
     def check_in(self) -> None:
         """Tell central where this node is and whether it takes work.
@@ -3231,7 +3232,7 @@ class Node:
         Raises CentralError."""
         self.central.check_out()
         self.is_checked_out = True
-        self.withdraw_all()
+        self.withdraw_all(self.central.url)
 
     def not_connected(self, error: CentralError) -> CrowdError:
         """Return *error* in a sentence, which begins as the seed's."""
@@ -3728,12 +3729,16 @@ class Node:
             elif was == RUNNING:
                 self.signal(unit, signal.SIGKILL)
 
-    def withdraw_all(self) -> None:
-        """Mark all units, which central has released, so that no node reports them."""
+    def withdraw_all(self, url: str) -> None:
+        """Mark the units of the central at *url*, which has released them, so that no
+        node reports them."""
         with self.changed:
-            for name in list(self.reported):
-                self.drop_reported(name)
+            for name, entry in list(self.reported.items()):
+                if entry.central in (None, url):
+                    self.drop_reported(name)
             for unit in list(self.units.values()):
+                if unit.head.get("central") not in (None, url):
+                    continue
                 if unit.state != WITHDRAWN:
                     self.mark_withdrawn(unit)
                 unit.state = WITHDRAWN

@@ -3443,7 +3443,11 @@ class Stops(CrowdTest):
 
     def test_an_earlier_central_that_is_gone_does_not_stop_a_start(self) -> None:
         old, new = self.central(), self.central()
-        node = self.node(old, port=free_port())
+        self.addCleanup(old.stop)
+        node = self.node(old, port=free_port(), constants=FAST)
+        old.fail(500, "/work/")
+        node.take(unit(2))
+        wait_for(lambda: old.reports(2), "a report that fails")
         node.kill()
         old.stop()
         node.write_config(central_server=new.url)
@@ -3451,6 +3455,10 @@ class Stops(CrowdTest):
         node.start()
         self.assertEqual(node.said(f"at {old.url}: "), 1)
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+        del old.calls[:]
+        old.recover()
+        old.start()
+        self.assertEqual(old.outcome(2), ("succeeded", "x"))
 
     @unittest.skipUnless(HAS_PROC, "only Linux has subreapers")
     def test_children_from_before_the_program_are_left_alone(self) -> None:
