@@ -347,8 +347,8 @@ def run_command(
 
 
 def boot_clock() -> float:
-    """Return the clock by which the start of a process is told: seconds since the boot
-    on Linux, since 1970 on macOS."""
+    """Return the clock of process start times: seconds since the boot on Linux, since
+    1970 on macOS."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_REALTIME))
 
 
@@ -2106,7 +2106,7 @@ class CentralServer:
         self.url = url
         self.port = port
         self.found_dialect: str | None = None  # the dialect of the last check-in
-        self.is_confirmed = False  # it has taken a check-in or check-out of ours
+        self.is_confirmed = False  # it has taken a check-in or check-out from here
         self.checked_in_at: float | None = None  # monotonic
         self.answered_at: float | None = None  # monotonic; when it last took a call
         self.error: str | None = None  # of the last call, if that failed
@@ -2695,7 +2695,7 @@ END_OF_FORK_SERVER = b"\n# The end of what the fork server executes.\n"
 class Unit:
     """A unit that this node has accepted, until central has taken its outcome.
 
-    STARTING: its worker is being forked; RUNNING; ENDED: its outcome is to be reported;
+    STARTING: its worker is being forked; RUNNING; ENDED: its outcome is not reported yet;
     WITHDRAWN: it must not be reported, and is removed when its worker has ended."""
 
     def __init__(
@@ -3174,10 +3174,10 @@ class Node:
     def release_earlier_units(self) -> None:
         """Have central release what only central remembers of earlier nodes here.
 
-        What is on disk is reported first.  While a worker of ours lives nothing was
-        lost, since records survive whatever ends a node.  A node that checked in under
-        another name or elsewhere is checked out in any case, and its units are others'
-        then.  Raises CrowdError."""
+        What is on disk is reported first.  While an earlier node's worker lives nothing
+        was lost, since records survive whatever ends a node.  A node that checked in
+        under another name or elsewhere is checked out in any case, and its units are
+        others' then.  Raises CrowdError."""
         earlier: Json = self.lock.earlier.get("checked_in") or {}
         url, name = earlier.get("url") or "", earlier.get("name") or ""
         names = (self.central.name("seed"), self.central.name("0.5"))
@@ -4065,7 +4065,7 @@ class Node:
                 and not locked
                 and head.get("boot_id", boot_id) != boot_id
             ):
-                # Either nobody was told its pid; or the machine has been restarted, its
+                # Either no reply named its pid; or the machine has been restarted, its
                 # report may have been taken, and the check-out releases it.
                 log.info("unit %s of an earlier process: dropped", name)
                 return remove_file(path)
@@ -4820,9 +4820,7 @@ def parse_unit(text: str) -> Json:
         raise BadRequest(f"work_unit is not JSON: {error}") from None
     if not isinstance(unit, dict):
         raise BadRequest("work_unit is not a JSON object")
-    if is_nested_deeper(
-        unit, NESTING_LIMIT
-    ):  # Ruby can't write it; Python might fail later
+    if is_nested_deeper(unit, NESTING_LIMIT):  # Ruby can't write it
         raise BadRequest(f"work_unit is nested more than {NESTING_LIMIT} deep")
     for key, default in (("job_id", 0), ("attempts", 0), ("options", {})):
         if unit.get(key) is None:
