@@ -2695,8 +2695,8 @@ END_OF_FORK_SERVER = b"\n# The end of what the fork server executes.\n"
 class Unit:
     """A unit that this node has accepted, until central has taken its outcome.
 
-    STARTING: its worker is being forked; RUNNING; ENDED: its outcome is not reported yet;
-    WITHDRAWN: it must not be reported, and is removed when its worker has ended."""
+    STARTING: its worker is being forked; RUNNING; ENDED: its outcome waits for its
+    report; WITHDRAWN: it must not be reported; removed when its worker has ended."""
 
     def __init__(
         self, head: Json, config: Config, fork_server: ForkServerProcess | None
