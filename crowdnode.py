@@ -3340,7 +3340,6 @@ class Node:
             with self.changed:
                 for unit in self.active:  # that check-out releases them, too
                     self.mark_withdrawn(unit)
-                    unit.state = WITHDRAWN
         for number, patience in ((signal.SIGTERM, KILL_GRACE), (signal.SIGKILL, 2)):
             with self.changed:
                 for unit in self.active:
@@ -3719,7 +3718,7 @@ class Node:
         with self.changed:
             if unit.state == WITHDRAWN:
                 return
-            was, unit.state = unit.state, WITHDRAWN
+            was = unit.state
             log.info("%s: withdrawn: %s", unit, reason)
             self.mark_withdrawn(unit)
             if not unit.pid.done():
@@ -3741,12 +3740,12 @@ class Node:
                     continue
                 if unit.state != WITHDRAWN:
                     self.mark_withdrawn(unit)
-                unit.state = WITHDRAWN
                 if unit not in self.active:
                     self.remove(unit)
 
     def mark_withdrawn(self, unit: Unit) -> None:
-        """Keep the next node from reporting *unit*."""
+        """Keep this node and the next one from reporting *unit*."""
+        unit.state = WITHDRAWN
         try:
             head = self.read_record(unit).head
             if head and head["digest"] == unit.head["digest"]:
@@ -3772,7 +3771,6 @@ class Node:
             remove_file(unit.path)
         except OSError as error:
             log.warning("%s: can't remove its files: %s; trying again", unit, error)
-            unit.state = WITHDRAWN
             self.mark_withdrawn(unit)
         else:
             self.forget(unit)
