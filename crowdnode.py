@@ -77,6 +77,7 @@ if not FORK_SERVER:  # a fork copies the page tables of whatever its parent has 
     import base64
     import binascii
     import bisect
+    import calendar
     import concurrent.futures
     import configparser
     import hashlib
@@ -87,6 +88,7 @@ if not FORK_SERVER:  # a fork copies the page tables of whatever its parent has 
     import ipaddress
     import logging
     import logging.handlers
+    import math
     import mimetypes
     import queue
     import random
@@ -94,6 +96,7 @@ if not FORK_SERVER:  # a fork copies the page tables of whatever its parent has 
     import struct
     import subprocess
     import tempfile
+    import textwrap
     import threading
     import urllib.error
     import urllib.parse
@@ -125,7 +128,7 @@ KILL_GRACE = 1  # seconds from TERM to KILL of a unit
 TRANSFER_TIMEOUT = 60  # seconds without a byte
 
 READ_SIZE = 64 * 1024  # bytes
-MEGABYTE = 1024 * 1024  # bytes
+MEGABYTE, GIGABYTE = 1024**2, 1024**3  # bytes
 OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
 OUTPUT_LIMIT = 16 * OUTPUT_TAIL  # bytes at which its file is cut back
 MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
@@ -133,6 +136,7 @@ NESTING_LIMIT = 99  # levels of an output; Ruby's JSON takes 100, {"output": ...
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_SILENT = range(5)
 EXIT_INTERRUPTED = 130
+RED, GREEN, YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
 
 PROCESSING, SPLITTING, MERGING = 1, 4, 5  # a unit's status; 2 and 3 are outcomes
 STAGES = {PROCESSING: "process", SPLITTING: "split", MERGING: "merge"}
@@ -207,6 +211,11 @@ def is_url(text: str) -> bool:
     return URL.fullmatch(text) is not None
 
 
+def without_password(url: str) -> str:
+    """Return *url* without the user and the password in it."""
+    return re.sub(r"\A([a-z]+://)[^/?#]*@", r"\1", url, flags=re.IGNORECASE)
+
+
 def file_url(path: str) -> str:
     """Return the ``file:`` URL of *path*, in ASCII."""
     data, unsafe = os.fsencode(path), rb"[^!$&-;=@-Z_a-z~]"
@@ -241,6 +250,13 @@ def write_all(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def is_readable(descriptor: int, seconds: float | None) -> bool:
+    """Wait until there is something to read; return False after *seconds*."""
+    with selectors.DefaultSelector() as selector:  # select() takes 1,024 descriptors
+        selector.register(descriptor, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def remove_file(path: str) -> None:
@@ -346,6 +362,12 @@ def run_command(
     return child.returncode, output, errors
 
 
+def iso_time(moment: float | None) -> str | None:
+    """Return a time.time() as ISO 8601 in UTC."""
+    form = "%Y-%m-%dT%H:%M:%SZ"
+    return None if moment is None else time.strftime(form, time.gmtime(moment))
+
+
 def boot_clock() -> float:
     """Return the clock of process start times: seconds since the boot on Linux, since
     1970 on macOS."""
@@ -406,16 +428,21 @@ def is_same_process(pid: int | None, started: float, machine: Json) -> bool:
 # ---------------------------------------------------------------------------
 
 
-def number(low: float, high: float, unit: str = "", kind: type[float] = float) -> Kind:
-    """Return the kind of numbers from *low* to *high*, of the type *kind*."""
+def number(
+    low: float, high: float, what: str = "", kind: type[float] = float, units: str = ""
+) -> Kind:
+    """Return the kind of numbers from *low* to *high*, of the type *kind*; *units*:
+    letters of UNITS that may follow the number."""
 
     def convert(value: str) -> float:
-        if not value.isascii() or not low <= kind(value) <= high:
+        has_unit = value[-1:] in tuple(units)
+        result = kind(value[:-1]) * UNITS[value[-1]] if has_unit else kind(value)
+        if not value.isascii() or not low <= result <= high:
             raise ValueError
-        return kind(value)
+        return result
 
     name = "a whole number" if kind is int else "a number"
-    return f"{name} from {low:g} to {high:.12g}{unit}", convert
+    return f"{name} from {low:g} to {high:.12g}{what}", convert
 
 
 def matching(pattern: str, sentence: str = "") -> Kind:
@@ -459,8 +486,10 @@ BOOLEAN: Kind = (
     "yes or no",
     lambda value: configparser.ConfigParser.BOOLEAN_STATES[value.lower()],
 )
-SIZE = number(1, 1_000_000, " (MB)")
-SECONDS = number(0.1, 2_000_000, " (seconds)")  # poll() takes 2**31 milliseconds
+UNITS = {"m": 60, "h": 3600, "d": 86400, "M": 1, "G": 1024}  # seconds, MB
+SIZE = number(1, 1_000_000, " MB, such as 500M or 2G", units="MG")
+IN_SECONDS = " seconds, such as 90, 10m, 2h or 1d"
+SECONDS = number(0.1, 2_000_000, IN_SECONDS, units="mhd")  # poll: 2**31 milliseconds
 ASCII = matching(r"[!-~]*", "ASCII without blanks")
 HOST = matching(
     r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})|\[[0-9A-Fa-f:.]+\]",
@@ -500,7 +529,7 @@ NODE_KEYS: dict[str, tuple[str, Kind]] = {
     "password": ("", TEXT),
     "allow": ("", NETWORKS),
     "max_request_size": ("64", SIZE),
-    "drain_time": ("5", number(0, 1_000_000, " (seconds)")),
+    "drain_time": ("30", number(0, 1_000_000, IN_SECONDS, units="mhd")),
     "log_level": ("info", matching("debug|info|warning|error")),
     "max_workers": ("", number(0, 100_000, kind=int)),
     "max_load": ("", number(0.01, 100_000)),
@@ -596,14 +625,11 @@ def parse_value(where: str, name: str, value: str, keys: Json) -> Any:
         raise UsageError(f"{where} {name} = {value}: must be {sentence}") from None
 
 
-def read_sections(path: str | None) -> dict[str, dict[str, str]]:
-    """Return the sections of the INI file at *path*, if any.  Raises UsageError."""
-    parser = configparser.RawConfigParser(default_section="\0")
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
+def read_sections(path: str, parser: configparser.RawConfigParser) -> None:
+    """Have *parser* read the INI file at *path*.  Raises UsageError."""
     try:
-        if path:
-            with open(path, encoding="utf-8-sig") as file:
-                parser.read_file(file, path)
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read: {error}") from None
     except configparser.DuplicateSectionError as error:
@@ -614,33 +640,48 @@ def read_sections(path: str | None) -> dict[str, dict[str, str]]:
     except configparser.Error as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not an INI file (KEY = VALUE): {reason}") from None
-    return {name: dict(parser.items(name)) for name in parser.sections()}
 
 
-def load_config(path: str | None, settings: list[tuple[str, str]]) -> Config:
+def load_config(
+    path: str | None, settings: list[tuple[str, str]], is_lenient: bool = False
+) -> Config:
     """Read the file at *path*, if there is one; *settings* override it.
 
-    Raises UsageError, naming file, section, key, value and the remedy."""
+    Raises UsageError, naming file, section, key, value and the remedy.  *is_lenient*:
+    use the defaults instead of what is wrong, to find a node that runs."""
+    faults = (UsageError,) if is_lenient else ()
+    parser = configparser.RawConfigParser(
+        default_section="\0", strict=not is_lenient, allow_no_value=is_lenient
+    )
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    with contextlib.suppress(*faults):
+        if path:
+            read_sections(path, parser)
     given = {name: ("", default) for name, (default, _) in NODE_KEYS.items()}
     actions: dict[str, Json] = {}
-    for section, pairs in read_sections(path).items():
-        where, items = f"{path}: [{section}]", pairs.items()
+    for section in parser.sections():
+        where, items = f"{path}: [{section}]", parser.items(section)
         if section == "node":
-            given.update({name: (where, value) for name, value in items})
+            given.update({name: (where, value or "") for name, value in items})
         elif section.startswith("action ") and ACTION_NAME.fullmatch(section[7:]):
-            actions[section[7:]] = {
-                name: parse_value(where, name, text, ACTION_KEYS)
-                for name, text in items
-            }
-        else:
+            with contextlib.suppress(*faults):
+                actions[section[7:]] = {
+                    name: parse_value(where, name, text, ACTION_KEYS)
+                    for name, text in items
+                }
+        elif not is_lenient:
             known = nearest(section, ["node", "action NAME"])
             raise UsageError(f"{where}: unknown section: {known}")
     given.update({name: (COMMAND_LINE, value.strip()) for name, value in settings})
     config = Config({"file": path, "settings": settings, "actions": actions})
+    for name, (default, (_, convert)) in NODE_KEYS.items() if is_lenient else ():
+        setattr(config, name, convert(default) if default else None)
     for name, (where, value) in given.items():
-        setattr(config, name, parse_value(where, name, value, NODE_KEYS))
+        with contextlib.suppress(*faults):
+            setattr(config, name, parse_value(where, name, value, NODE_KEYS))
     config.warnings = []
-    complete_config(config, given)
+    with contextlib.suppress(*faults):
+        complete_config(config, given)
     return config
 
 
@@ -650,7 +691,8 @@ def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
 
     def refuse(name: str, sentence: str) -> None:
         where, text = given[name]
-        raise UsageError(f"{where} {name} = {text}: {sentence}".lstrip())
+        shown = f"{name} = {text}" if text else name
+        raise UsageError(f"{where} {shown}: {sentence}".lstrip())
 
     base = os.path.dirname(config.file or PROGRAM)
     in_state_path = {"temp_storage_path": "work", "local_storage_path": "storage"}
@@ -661,6 +703,13 @@ def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
             refuse(name, "there is no such home directory")
         setattr(config, name, os.path.normpath(os.path.join(base, path)))
     config.host = config.host or socket.gethostname()
+    try:
+        HOST[1](config.host)
+    except ValueError:
+        wrong = (
+            f'this machine\'s name, "{config.host}", is not one that central can dial'
+        )
+        refuse("host", f"{wrong}: set host to one, or to an address")
     config.allow = config.allow or []
     config.disabled_actions = config.disabled_actions or []
     if config.max_workers is None:
@@ -689,10 +738,27 @@ def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
         config.warnings.append(f"actions_path: {path} is not a directory")
 
 
-def processors() -> int:
-    """Return how many processors this process may use."""
+def processors(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Return how many processors this process may use: by its affinity, and by the
+    quota of its control groups, rounded up (Linux's cgroups(7), both versions)."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    count: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    groups = []
+    with contextlib.suppress(OSError):
+        groups = os.fsdecode(read_file(own)).splitlines()
+    for kinds, path in (line.split(":", 2)[1:] for line in groups):
+        place = f"{root}/{kinds}{path}".rstrip("/") if kinds else f"{root}{path}"
+        while place.startswith(root):
+            with contextlib.suppress(OSError, ValueError):
+                if kinds:
+                    quota = read_file(f"{place}/cpu.cfs_quota_us").split()
+                    quota += read_file(f"{place}/cpu.cfs_period_us").split()
+                else:
+                    quota = read_file(f"{place}/cpu.max").split()
+                if int(quota[0]) > 0:  # not "max", and not version 1's -1
+                    count = min(count, int(quota[0]) / int(quota[1]))
+            place = os.path.dirname(place)
+    return max(1, -int(-count // 1))
 
 
 # ---------------------------------------------------------------------------
@@ -783,8 +849,9 @@ def record_head(request: Json, central: str) -> Json:
     """Return the head of the record of a unit that *central* (a URL) has sent."""
     text = json.dumps(request, sort_keys=True)
     label = request["input"]
-    if is_url(label):
-        label = label.partition("?")[0].rstrip("/").rpartition("/")[2]
+    if is_url(label):  # the file's name: a query may hold secrets
+        path = without_password(label).partition("?")[0].rstrip("/")
+        label = percent_decoded(path.rpartition("/")[2]).decode("utf-8", "replace")
     return {
         **{key: request[key] for key in ("id", "job_id", "action", "attempts")},
         "stage": STAGES[request["status"]],
@@ -1041,8 +1108,17 @@ class S3Store(AssetStore):
 def web_opener(*handlers: Any) -> urllib.request.OpenerDirector:
     """Return an opener of URLs with the environment's proxies alone: macOS's settings
     can't be read after a fork."""
+    import http.client
     import urllib.request
 
+    class FinalResponse(http.client.HTTPResponse):
+        """Passes over 103 and its like; http.client passes over 100 alone."""
+
+        def _read_status(self) -> tuple[str, int, str]:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            return version, 100 if 101 < status < 200 else status, reason
+
+    http.client.HTTPConnection.response_class = FinalResponse
     proxies = urllib.request.ProxyHandler(urllib.request.getproxies_environment())
     return urllib.request.build_opener(proxies, *handlers)
 
@@ -1116,7 +1192,13 @@ class Action:
                     raise OSError(errno.EINVAL, "is not a regular file", source)
                 copy_file(source, path)
         except (OSError, ValueError, EOFError) as error:
-            raise ActionFailed(f"can't download {url}: {error}") from error
+            reason = getattr(error, "reason", None)  # of a URLError
+            reason = getattr(
+                reason if isinstance(reason, OSError) else error, "strerror", 0
+            )
+            text = re.sub(r"^<urlopen error (.*)>$", r"\1", str(error), flags=re.DOTALL)
+            what = without_password(url)
+            raise ActionFailed(f"can't download {what}: {reason or text}") from error
         return path
 
     def save(self, path: str) -> str:
@@ -1130,28 +1212,79 @@ class Action:
 def download_from_web(url: str, path: str) -> None:
     """Write what *url* answers to *path*, decompressed if it is sent compressed.
 
-    Raises OSError or ValueError, also for any status but 2xx."""
+    Raises OSError, EOFError or ValueError, also for any status but 2xx."""
+    import gzip
     import http.client
     import urllib.request  # the fork server has imported it; see ForkServer.start
     import zlib
 
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        """Follows 308 too, which Python does from 3.11 on."""
+
+        def http_error_308(
+            self, request: Any, reply: Any, code: int, message: str, headers: Any
+        ) -> Any:
+            return self.http_error_302(request, reply, 307, message, headers)
+
+    handlers: list[Any] = [Redirects]
+    user = re.match(r"https?://([^/?#@]*)@", url, re.IGNORECASE)
+    if user:
+        url = without_password(url)
+        passwords = urllib.request.HTTPPasswordMgrWithPriorAuth()
+        name, _, word = os.fsdecode(percent_decoded(user[1])).partition(":")
+        passwords.add_password(
+            None, url.partition("?")[0], name, word, is_authenticated=True
+        )
+        handlers.append(urllib.request.HTTPBasicAuthHandler(passwords))
     request = urllib.request.Request(url, headers={"User-Agent": "crowdnode"})
     try:
-        with web_opener().open(request, timeout=TRANSFER_TIMEOUT) as reply:
-            encoding = (reply.headers.get("Content-Encoding") or "").lower()
-            is_packed = encoding in ("gzip", "deflate")
-            inflate = zlib.decompressobj(47) if is_packed else None
-            length, received = reply.headers["Content-Length"], 0
+        with web_opener(*handlers).open(request, timeout=TRANSFER_TIMEOUT) as reply:
+            header = (reply.headers.get("Content-Encoding") or "").lower()
+            encoding = ", ".join(set(word_list(header)) - {"identity"})
+            source: Any = reply
+            if encoding in ("gzip", "x-gzip"):
+                source = gzip.GzipFile(fileobj=reply)
+            elif encoding == "deflate":
+                source = Inflated(reply)
+            elif encoding:
+                raise OSError(f"it is sent with Content-Encoding: {header}")
             with open(path, "wb") as file:
-                for piece in iter(lambda: reply.read(MEGABYTE), b""):
-                    received += len(piece)
-                    file.write(inflate.decompress(piece) if inflate else piece)
+                for piece in iter(lambda: source.read(MEGABYTE), b""):
+                    file.write(piece)
+                size = file.tell()
     except (http.client.HTTPException, zlib.error) as error:
         raise OSError(f"{type(error).__name__}: {error}") from None
-    if length is not None and received != int(length):
-        raise OSError(f"only {received} of {length} bytes came")
-    if inflate and not inflate.eof:
-        raise OSError("the compressed file is cut short")
+    # http.client counts down, unless the body comes in chunks; ftp does not count.
+    announced = int(reply.headers["Content-Length"] or size)
+    missing = reply.length if hasattr(reply, "length") else announced - size
+    if missing:
+        raise OSError(f"it is cut short: {missing} bytes are missing")
+
+
+class Inflated:
+    """A body of Content-Encoding deflate: in zlib's format or, as some servers send it,
+    a bare stream."""
+
+    def __init__(self, reply: Any) -> None:
+        self.reply = reply
+        self.stream: Any = None
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, b"" at the end.  Raises EOFError, zlib.error."""
+        import zlib
+
+        data = b""
+        while not data:
+            packed = self.reply.read(size)
+            if not packed:
+                if self.stream and not self.stream.eof:
+                    raise EOFError("the compressed file is cut short")
+                break
+            if self.stream is None:
+                is_bare = int.from_bytes(packed[:2], "big") % 31 or packed[0] & 15 != 8
+                self.stream = zlib.decompressobj(-15 if is_bare else 15)
+            data = self.stream.decompress(packed)
+        return data
 
 
 ENVIRONMENT_LIMIT = 100_000  # bytes of a variable; Linux's execve takes 128 KB
@@ -1221,10 +1354,8 @@ def run_program(
         pid = os.posix_spawn(command[0], command, environment or os.environ, **more)
         status = os.waitpid(pid, 0)[1]
     except OSError as error:
-        reason = f"can't start {command[0]}: {error.strerror}"
-        if error.errno == errno.ENOEXEC:
-            reason += " (it needs a first line such as #!/bin/sh)"
-        raise ActionFailed(reason) from None
+        reason = interpreter_problem(command[0]) or error.strerror
+        raise ActionFailed(f"can't start {command[0]}: {reason}") from None
     if status:
         size = os.fstat(2).st_size  # the file may have been cut back
         start = max(min(printed, size), size - MESSAGE_TAIL)
@@ -1233,9 +1364,32 @@ def run_program(
         raise ActionFailed(f"{errors or name} ({describe_exit(status)})")
 
 
-def program_path(name: str) -> str | None:
-    """Return the path of the program *name*, as a shell finds it, or None."""
-    for directory in os.get_exec_path():
+def interpreter_problem(path: str) -> str | None:
+    """Return why the kernel would not start the program at *path* (it says "No such
+    file or directory", though the file is there), or None.  Raises OSError."""
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        line = file.readline(256)
+    if not line.startswith(b"#!"):
+        is_text = b"\0" not in line  # machine code has zeros at once
+        return "it needs a first line such as #!/bin/sh" if is_text else None
+    interpreter = os.fsdecode(line[2:]).strip(" \t\n")
+    if line.endswith(b"\r\n"):
+        remedy = f"sed -i 's/\\r$//' {path}"
+        return f"its first line asks for {interpreter!r}, as Windows ends it: {remedy}"
+    is_there = os.path.exists(interpreter.split(" ")[0])
+    return None if is_there else f"its interpreter {interpreter} does not exist"
+
+
+# Where programs are that the short PATH of cron and launchd lacks.
+MORE_PATHS = ("/usr/local/bin", "/opt/homebrew/bin", "/opt/local/bin", "/snap/bin")
+
+
+def program_path(name: str, *more: str) -> str | None:
+    """Return the path of the program *name*, as a shell finds it, or None; *more*:
+    directories where to look last."""
+    for directory in (*os.get_exec_path(), *more):
         path = os.path.join(directory, name)
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
@@ -1270,15 +1424,19 @@ def stages_of(action: type[Action]) -> list[str]:
     return [stage for stage in stages if getattr(action, stage, None)]
 
 
+SLOW_LOAD = 1  # seconds
+
+
 class ActionLoader:
     """Finds and loads the actions of a configuration.
 
-    problems: (log level, sentence) for each that is left out, or odd."""
+    problems: (log level or "skipped", sentence) for each that is left out, or odd."""
 
     def __init__(self, config: Config, built_in: dict[str, type[Action]]) -> None:
         self.config = config
         self.built_in = built_in
         self.problems: list[tuple[str, str]] = []
+        self.paths: list[str] = []  # of the files of actions
 
     def load(self) -> dict[str, type[Action]]:
         """Return all actions that load, by name.
@@ -1294,16 +1452,20 @@ class ActionLoader:
         actions: dict[str, type[Action]] = {}
         origin: dict[str, str] = {}
         try:
-            paths = self._candidates()
+            self.paths = self._candidates()
         except OSError as error:
             self._add("error", f"actions_path: {error}")
             return {}
-        for path in paths:
+        for path in self.paths:
             name = os.path.splitext(os.path.basename(path))[0]
             try:
                 if name in origin:
                     raise ActionFailed(f"{origin[name]} has the same name; rename one")
+                began = time.monotonic()
                 actions[name], origin[name] = self._load(name, path), path
+                if time.monotonic() - began > SLOW_LOAD:
+                    seconds = f"{time.monotonic() - began:.1f} s"
+                    self._add("info", f"{path} takes {seconds} to load")
             except ActionFailed as error:
                 self._add("error", f"{path} is left out: {error}")
             except (Exception, SystemExit) as error:
@@ -1312,11 +1474,20 @@ class ActionLoader:
         built_in = {} if config.disable_default_actions else self.built_in
         for name, action in built_in.items():
             missing = [need for need in action.needs if not program_path(need)]
-            if missing and name not in (*actions, *config.disabled_actions):
+            if name in config.disabled_actions:
+                continue
+            if name in actions:
+                self._add("info", f"{origin[name]} replaces the built-in action {name}")
+            elif missing:
                 sentence = f"the action {name} is left out: not installed"
-                self._add("info", f"{sentence}: {', '.join(missing)}")
-            elif not missing:
-                actions.setdefault(name, action)
+                self._add("skipped", f"{sentence}: {', '.join(missing)}")
+                for path in filter(
+                    None, (program_path(n, *MORE_PATHS) for n in missing)
+                ):
+                    remedy = f"put {os.path.dirname(path)} into PATH"
+                    self._add("warning", f"{path} is not found by the PATH: {remedy}")
+            else:
+                actions[name] = action
         for name in config.disabled_actions:
             if actions.pop(name, None) is None and name not in self.built_in:
                 self._add("warning", f"disabled_actions: there is no action {name}")
@@ -1352,6 +1523,9 @@ class ActionLoader:
             wanted = "letters, digits and _, and begin with a letter"
             raise ActionFailed(f"its name must be {wanted}")
         if not path.endswith(".py"):
+            problem = interpreter_problem(path)
+            if problem:
+                raise ActionFailed(problem)
             stages = self.config.actions.get(name, {}).get("stages")
             return executable_action(name, path, stages or ["process"])
         import importlib.util
@@ -1378,9 +1552,17 @@ class ActionLoader:
         if len(found) != 1:
             number = len(found)
             raise ImportError(f"it must define one subclass of Action, not {number}")
-        if "process" not in stages_of(found[0]):
-            raise ImportError(f"its class {found[0].__name__} must define process")
-        return found[0]
+        action, stages = found[0], stages_of(found[0])
+        if "process" not in stages:
+            raise ImportError(f"its class {action.__name__} must define process")
+        for stage in stages:
+            method = getattr(action, stage)
+            code = getattr(method, "__code__", None)  # none: a callable of another kind
+            if code and code.co_argcount - len(method.__defaults__ or ()) != 1:
+                names = ", ".join(code.co_varnames[: code.co_argcount])
+                wrong = f"{stage}({names}) must be {stage}(self)"
+                raise ImportError(f"{wrong}: the input is self.input")
+        return action
 
 
 def running_threads() -> set[str]:
@@ -1504,16 +1686,22 @@ class ProcessPdfs(ProgramAction):
     needs = ("gm", "gs", "pdftk", "pdftotext")  # gm calls gs
 
     def split(self) -> list[str]:
-        """Return the URLs of archives of batch_size pages."""
+        """Return the URLs of archives of batch_size pages.
+
+        A page is named UNIT.PDF_NUMBER.pdf: two PDFs may have the same name."""
         size = self.options.get("batch_size", 10)
         if not isinstance(size, int) or size < 1:
             raise ActionFailed(f"batch_size must be 1 or more, not {to_json(size)}")
         if not self.input_path:
             raise ActionFailed("the input is not the URL of a PDF")
         self.program("pdftk", self.input_path, "burst", "output", "%05d.part")
+        path = percent_decoded(self.input.partition("?")[0].rstrip("/"))
+        name = os.path.splitext(path.decode("utf-8", "replace").rpartition("/")[2])[0]
+        name = re.sub(r"[^\w-]+", "-", name).encode()[:150].decode("utf-8", "ignore")
+        name = f"{self.options['work_unit_id']}.{name}"
         pages = []
         for part in sorted(name for name in os.listdir() if name.endswith(".part")):
-            pages.append(f"{self.file_name}_{part[:-5]}.pdf")
+            pages.append(f"{name}_{part[:-5]}.pdf")
             # Again: pdftk burst leaves the whole PDF's references in each page.
             self.program("pdftk", part, "output", f"./{pages[-1]}")
             os.unlink(part)
@@ -1537,25 +1725,32 @@ class ProcessPdfs(ProgramAction):
             options = ("-enc", "UTF-8", "-layout", "-q")
             self.program("pdftotext", *options, page, f"{name}.txt")
             os.unlink(page)
-        return self._pack(f"{self.file_name}.tar", sorted(os.listdir()))
+        return self._pack("pages.tar", sorted(os.listdir()))
 
     def merge(self) -> str:
         """Return the URL of an archive with NAME/text/pages, NAME/text/full and
         NAME/images/IMAGE for each PDF."""
+        files: list[str] = []
         for place, url in enumerate(self.input):
-            unpack(self.download(url, f"{place}.tar"))
-        for name in sorted(os.listdir()):  # in the order of pages
-            pdf, number, image, extension = re.fullmatch(
-                r"(.*)_(\d{5,})(?:_([\w-]+))?(\.[\w-]+)", name
+            files += sorted(unpack(self.download(url, f"{place}.tar")))
+        pdfs: dict[str, str] = {}  # by the beginnings of pages' names
+        for file in files:  # in the order of inputs, and of pages
+            unit, pdf, number, image, extension = re.fullmatch(
+                r"([\w-]+)\.(.*)_(\d{5,})(?:_([\w-]+))?(\.[\w-]+)", file
             ).groups()  # type: ignore[union-attr]
+            name, count, taken = pdf, 1, {text.casefold() for text in pdfs.values()}
+            while unit not in pdfs and name.casefold() in taken:
+                count += 1
+                name = f"{pdf}-{count}"
+            name = pdfs.setdefault(unit, name)
             if image:
-                os.renames(name, f"{pdf}/images/{image}/{pdf}_{number}{extension}")
+                os.renames(file, f"{name}/images/{image}/{name}_{number}{extension}")
                 continue
-            os.makedirs(f"{pdf}/text/full", exist_ok=True)
-            with open(f"{pdf}/text/full/{pdf}.txt", "ab") as file:
-                file.write(read_file(name))
-            os.renames(name, f"{pdf}/text/pages/{name}")
-        return self._pack("processed_pdfs.tar", sorted(os.listdir()))
+            os.makedirs(f"{name}/text/full", exist_ok=True)
+            with open(f"{name}/text/full/{name}.txt", "ab") as full:
+                full.write(read_file(file))
+            os.renames(file, f"{name}/text/pages/{name}_{number}{extension}")
+        return self._pack("processed_pdfs.tar", sorted(pdfs.values()))
 
     def _pack(self, path: str, names: list[str]) -> str:
         """Save an archive of *names*, compressed although it is called .tar, as
@@ -1765,7 +1960,10 @@ class Worker:
         """Return *error* in a line for central; the traceback goes to the log."""
         if isinstance(error, ActionFailed):
             return str(error)
-        sys.excepthook(type(error), error, error.__traceback__)
+        traceback = error.__traceback__
+        while traceback and traceback.tb_frame.f_code.co_filename == PROGRAM:
+            traceback = traceback.tb_next  # frames of ours help nobody
+        sys.excepthook(type(error), error, traceback)
         module = sys.modules.get(getattr(self.settings.action, "__module__", ""))
         where = frames_in(error, getattr(module, "__file__", None) or "")
         if isinstance(error, MemoryError) and self.settings.memory:
@@ -1899,6 +2097,8 @@ class ForkServer:
             self.poll.register(descriptor, select.POLLIN)
         self._trap_signals()
         stages = {name: stages_of(action) for name, action in actions.items()}
+        for stream in (sys.stdout, sys.stderr):  # whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
         self.send(json.dumps(["ready", stages, loader.problems]))
         gc.collect()
         gc.freeze()  # else the first collection in a worker copies every page
@@ -2107,8 +2307,7 @@ class CentralServer:
         self.port = port
         self.found_dialect: str | None = None  # the dialect of the last check-in
         self.is_confirmed = False  # it has taken a check-in or check-out from here
-        self.checked_in_at: float | None = None  # monotonic
-        self.answered_at: float | None = None  # monotonic; when it last took a call
+        self.checked_in_at: float | None = None  # by time.time()
         self.error: str | None = None  # of the last call, if that failed
         no_proxy = urllib.request.ProxyHandler({})  # central is a neighbour
         self.opener = urllib.request.build_opener(no_proxy)
@@ -2156,7 +2355,7 @@ class CentralServer:
                     raise
             else:
                 self.found_dialect, self.is_confirmed = dialect, True
-                self.checked_in_at = time.monotonic()
+                self.checked_in_at = time.time()
                 return
 
     def check_out(self, name: str | None = None) -> None:
@@ -2183,7 +2382,7 @@ class CentralServer:
         except CentralError as error:
             if error.status != 404 or not self.is_confirmed:  # it may be another server
                 raise
-            self.answered_at, self.error = time.monotonic(), None
+            self.error = None
             return False
         return True
 
@@ -2216,7 +2415,7 @@ class CentralServer:
             with self.opener.open(request, timeout=timeout) as reply:
                 # A 2xx says it all, whatever becomes of the body.
                 body = reply.read(STATUS_LIMIT) if method == "GET" else b""
-                self.answered_at, self.error = time.monotonic(), None
+                self.error = None
                 return body, reply.headers["Date"]
         except urllib.error.HTTPError as error:
             error.close()
@@ -2279,16 +2478,16 @@ def parse_load(uptime: str) -> float | None:
     return float(match.group()) if match else None
 
 
-def parse_meminfo(meminfo: str, pattern: re.Pattern[str]) -> float | None:
-    """Return the megabytes that *pattern* finds in the text of /proc/meminfo."""
+def parse_meminfo(meminfo: str, pattern: re.Pattern[str]) -> int | None:
+    """Return the bytes that *pattern* finds in the text of /proc/meminfo."""
     match = pattern.search(meminfo)
-    return int(match[1]) / 1024 if match else None
+    return int(match[1]) * 1024 if match else None
 
 
-def parse_vm_stat(vm_stat: str) -> float | None:
-    """Return the free megabytes in the output of macOS's ``vm_stat``."""
+def parse_vm_stat(vm_stat: str) -> int | None:
+    """Return the free bytes in the output of macOS's ``vm_stat``."""
     page, free = SCRAPE_MAC_PAGE.search(vm_stat), SCRAPE_MAC_MEMORY.search(vm_stat)
-    return int(free[1]) * int(page[1]) / MEGABYTE if page and free else None
+    return int(free[1]) * int(page[1]) if page and free else None
 
 
 def command_output(name: str) -> str:
@@ -2302,8 +2501,8 @@ def command_output(name: str) -> str:
     return output.decode("utf-8", "replace")
 
 
-def read_memory(pattern: re.Pattern[str]) -> float | None:
-    """Return megabytes of memory: on Linux what *pattern* finds, on macOS the free."""
+def read_memory(pattern: re.Pattern[str]) -> int | None:
+    """Return bytes of memory: on Linux what *pattern* finds, on macOS the free."""
     if sys.platform == "darwin":
         is_free = pattern is SCRAPE_LINUX_MEMORY
         return parse_vm_stat(command_output("vm_stat")) if is_free else None
@@ -2414,12 +2613,21 @@ def make_printable(record: logging.LogRecord) -> bool:
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """A log file that asks the kernel for its size, which is twice as fast."""
+    """A log file that asks the kernel for its size, which is twice as fast, and goes on
+    in the same file where it can't be rotated."""
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
         """Return whether the file is full."""
         self.stream = self.stream or self._open()
         return os.fstat(self.stream.fileno()).st_size >= self.maxBytes
+
+    def doRollover(self) -> None:
+        """Begin a new file; if that fails, say so and try again at twice the size."""
+        try:
+            super().doRollover()
+        except OSError as error:
+            self.maxBytes *= 2
+            log.error("can't rotate %s: %s", self.baseFilename, error)
 
 
 def set_up_log(path: str | None, level: str) -> None:
@@ -2441,7 +2649,7 @@ def set_up_log(path: str | None, level: str) -> None:
 def log_problems(problems: Iterable[tuple[str, str]]) -> None:
     """Log sentences, each with its level."""
     for level, sentence in problems:
-        log.log(getattr(logging, level.upper()), "%s", sentence)
+        log.log(getattr(logging, level.upper(), logging.INFO), "%s", sentence)
 
 
 def log_output(source: str, data: bytes) -> None:
@@ -2542,11 +2750,25 @@ class NodeLock:
         except OSError as error:
             log.warning("can't write %s: %s", self.path, error)
 
-    def touch(self) -> None:
-        """Show other machines that this node lives."""
+    def touch(self) -> bool:
+        """Show other machines that this node lives; make the file anew where it has
+        been deleted.  Returns False where another node has made it meanwhile."""
+        with contextlib.suppress(OSError):
+            is_there = os.path.exists(self.path)
+            same = is_there and os.path.samestat(
+                os.stat(self.path), os.fstat(self.descriptor)
+            )
+            if not same:
+                descriptor = lock_file(self.path)
+                if descriptor is None:
+                    return False
+                log.warning("%s was deleted under this node; made anew", self.path)
+                os.close(self.descriptor)
+                self.descriptor = descriptor
         self.write()
         with contextlib.suppress(OSError):
             os.utime(self.descriptor)
+        return True
 
     def read(self) -> Json:
         """Return the file's content, with the key pid; empty where there is none."""
@@ -2593,6 +2815,7 @@ class PeriodicTimer(threading.Timer):
         self.step = step
         self.daemon = True
         self.woken = threading.Event()
+        self.due_at: float | None = None  # by time.time(), for people
 
     def soon(self) -> None:
         """Call step now, or once more when the step under way has ended."""
@@ -2608,6 +2831,7 @@ class PeriodicTimer(threading.Timer):
         """Call step after one interval, and so on, until stop()."""
         delay = self.interval
         while True:
+            self.due_at = time.time() + delay
             self.woken.wait(delay)
             self.woken.clear()
             if self.finished.is_set():
@@ -2652,6 +2876,7 @@ MONITOR_INTERVAL = 3  # seconds
 START_DEADLINE = 5  # seconds for the fork server to start a unit
 SEND_DEADLINE = 10  # seconds for the fork server to read a message
 RELOAD_PATIENCE = 60  # seconds for actions to load again after a fork server's death
+FORK_SERVER_PATIENCE = 300  # seconds without a fork server until the node gives up
 RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 REPORTERS = 4  # threads: central gets this many reports at once, at most
@@ -2666,8 +2891,7 @@ STUCK_AFTER = 2  # seconds after its report that a pid still listed is stuck
 
 STARTING, RUNNING, ENDED, WITHDRAWN = "starting", "running", "ended", "withdrawn"
 OUTCOMES = ("succeeded", "failed", "died", "timed_out")
-COUNTS = ("accepted", "refused", *OUTCOMES, "reported")
-RECENT = 20  # units that ended, on the page
+FAILED_SHOWN, RECENT_SHOWN = 20, 10  # units, in GET /status
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
 DIED_UNWATCHED = "the worker died while no fork server watched it"
 
@@ -2710,13 +2934,15 @@ class Unit:
         self.pid: concurrent.futures.Future[int] = concurrent.futures.Future()
         self.process_started = 0.0  # of an orphan, by boot_clock()
         self.began = time.monotonic()
+        self.started_at = time.time()
         self.seconds: float | None = None  # that it took, once it has ended
         self.wait_status: int | None = None  # None where the node could not see it
         self.timed_out = False
         self.replies_due = 0  # requests whose reply with the pid is not written yet
         self.replied_at: float | None = None  # monotonic; when central was told it
         self.kind = ""  # of its outcome: one of OUTCOMES
-        self.is_counted = False  # its outcome is in the counters and the log
+        self.reason = ""  # why it failed
+        self.is_logged = False
         # When to report again (monotonic); 0: it is queued, held or being reported.
         self.due: float | None = None
         self.backoff = Backoff()
@@ -2742,8 +2968,14 @@ class Unit:
         """Return what GET /status says of it."""
         keys = ("id", "job_id", "action", "stage")
         fields = {key: self.head[key] for key in keys}
-        fields.update(action=self.action[:200], pid=self.worker or None)
-        return {**fields, "seconds": round(self.age(), 3)}
+        fields.update(action=self.action[:200], input=self.head.get("label", ""))
+        fields.update(pid=self.worker or None, started_at=iso_time(self.started_at))
+        fields["seconds"] = round(self.age(), 3)
+        if self.seconds is not None:
+            ended_at = iso_time(self.started_at + self.seconds)
+            fields.update(outcome=self.kind or None, reason=self.reason or None)
+            fields["ended_at"] = ended_at
+        return fields
 
 
 class Reported:
@@ -2876,7 +3108,7 @@ class Overload:
     def __init__(self, over: Callable[[], None]) -> None:
         self.over = over
         self.reasons = {"starting": "the node is starting"}
-        self.since = time.monotonic()
+        self.since = time.time()
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
@@ -2887,72 +3119,80 @@ class Overload:
         """All reasons in one line; None while work is accepted."""
         return "; ".join(list(self.reasons.values())) or None
 
-    def begin(self, kind: str, reason: str) -> None:
-        """Refuse work for *reason*; logged once for each kind."""
+    @property
+    def state(self) -> str:
+        """The node's state in one word, for people."""
+        kinds = set(self.reasons)
+        if kinds <= {"max_workers"}:
+            return "full" if kinds else "accepting"
+        return "stopping" if "stopping" in kinds else "refusing"
+
+    def update(self, kind: str, reason: str | None) -> None:
+        """Refuse work for *reason*; None: there is no reason of this *kind* now."""
         with self._lock:
             if not self.reasons:
-                self.since = time.monotonic()
-            is_new = kind not in self.reasons
-            self.reasons[kind] = reason
-        if is_new:
+                self.since = time.time()
+            was_known = self.reasons.pop(kind, None) is not None
+            if reason:
+                self.reasons[kind] = reason
+        if reason and not was_known:
             log.warning("refusing work: %s", reason)
-
-    def end(self, kind: str) -> None:
-        """Remove the reason *kind*."""
-        with self._lock:
-            is_known = self.reasons.pop(kind, None) is not None
-        if is_known and self.reasons:
+        elif was_known and not reason and self.reasons:
             log.info("still refusing work: %s", self.reason)
-        elif is_known:
+        elif was_known and not reason:
             log.info("accepting work")
             self.over()
 
-    def update(self, kind: str, reason: str | None) -> None:
-        """Begin or end, depending on whether there is a reason."""
-        if reason:
-            self.begin(kind, reason)
-        else:
-            self.end(kind)
-
 
 class Counters:
-    """Counters and recent history of this node's units."""
+    """Counters and recent history of this node's units, guarded by Node.changed; an
+    outcome counts when central has taken it, so that no two nodes count it."""
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.accepted = self.refused = self.reported = 0
+        self.outcomes: dict[tuple[str, str], int] = {}  # by action and outcome
         # (action, stage): units up to each of BUCKETS and over, and seconds in all.
         self.durations: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
-        self.recent: deque[Json] = deque(maxlen=RECENT)
-        # A minute each: load average, free memory in MB, units ended.
-        self.history: deque[tuple[float | None, float | None, float]]
-        self.history = deque(maxlen=60)
+        self.failed: deque[Json] = deque(maxlen=FAILED_SHOWN)
+        self.recent: deque[Json] = deque(maxlen=RECENT_SHOWN)
+        self.history: deque[Json] = deque(maxlen=60)  # a minute each
         self._minute_began, self._ended_before = time.monotonic(), 0
-        self._lock = threading.Lock()
 
-    def count(self, kind: str) -> None:
-        """Count one more of *kind*."""
-        with self._lock:
-            self.counts[kind] += 1
+    def counts(self) -> dict[str, int]:
+        """Return the counters of GET /status."""
+        ended = dict.fromkeys(OUTCOMES, 0)
+        for (_, outcome), count in self.outcomes.items():
+            ended[outcome] += count
+        first = {"accepted": self.accepted, "refused": self.refused}
+        return {**first, **ended, "reported": self.reported}
 
-    def add_outcome(self, unit: Unit, outcome: Outcome, action: str) -> None:
+    def add_outcome(self, unit: Unit, seconds: float, action: str) -> None:
         """Count an outcome under the name *action*, and remember it."""
-        seconds = float(outcome.seconds)
-        reason = outcome.reason().partition("\n")[0][:MESSAGE_TAIL]
-        ended = {"seconds": seconds, "how": unit.kind, "reason": reason}
-        with self._lock:
-            self.counts[unit.kind] += 1
-            key, empty = (action, unit.head["stage"]), [0] * (len(BUCKETS) + 1)
-            buckets, total = self.durations.setdefault(key, (empty, [0.0]))
-            buckets[bisect.bisect_left(BUCKETS, seconds)] += 1
-            total[0] += seconds
-            self.recent.appendleft({**unit.status(), **ended, "at": time.time()})
+        outcome, stage = (action, unit.kind), (action, unit.head["stage"])
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        empty = [0] * (len(BUCKETS) + 1)
+        buckets, total = self.durations.setdefault(stage, (empty, [0.0]))
+        buckets[bisect.bisect_left(BUCKETS, seconds)] += 1
+        total[0] += seconds
+        shown = unit.status()
+        self.recent.appendleft(shown)
+        if unit.kind != "succeeded":
+            self.failed.appendleft(shown)
 
-    def add_minute(self, load: float | None, memory: float | None) -> None:
+    def add_minute(self, load: float | None, free_memory: int | None) -> None:
         """Note a tick of the monitor; a minute's last tick goes to the history."""
         minutes = (time.monotonic() - self._minute_began) / 60
         if minutes >= 1:
-            ended = sum(self.counts[kind] for kind in OUTCOMES)
-            self.history.append((load, memory, (ended - self._ended_before) / minutes))
+            ended = sum(self.outcomes.values())
+            rate = round((ended - self._ended_before) / minutes, 2)
+            self.history.append(
+                {
+                    "at": iso_time(time.time()),
+                    "load_average": load,
+                    "free_memory_bytes": free_memory,
+                    "units_per_minute": rate,
+                }
+            )
             self._minute_began, self._ended_before = time.monotonic(), ended
 
 
@@ -3035,8 +3275,9 @@ class Node:
     """A node: accepts units from central, has them run, reports each outcome.
 
     *lock*: its lock file; *load*: reads the configuration anew; *inherited*: this
-    process was a node of another version of this program before.  ``changed`` guards
-    the units and their states."""
+    process was a node of another version of this program before; *is_attended*: --run
+    waits for the actions on standard output.  ``changed`` guards the units and their
+    states."""
 
     def __init__(
         self,
@@ -3046,6 +3287,7 @@ class Node:
         load: Callable[[], Config],
         finish_requests: Callable[[float], None],
         inherited: bool,
+        is_attended: bool,
     ) -> None:
         self.config = config
         self.port = port
@@ -3053,8 +3295,10 @@ class Node:
         self.load = load
         self.finish_requests = finish_requests
         self.inherited = inherited
+        self.is_attended = is_attended
         self.source = read_file(PROGRAM)  # what the fork servers run, whatever comes
         self.began = time.monotonic()
+        self.started_at = time.time()
         self.central = CentralServer(config, config.central_server, port)
         self.centrals = {self.central.url: self.central}
         self.changed = threading.Condition(threading.RLock())
@@ -3075,8 +3319,8 @@ class Node:
         self.overload = Overload(self.check_in_timer.soon)
         self.check_in_backoff = Backoff()
         self.load_average: float | None = None
-        self.free_memory: float | None = None  # MB
-        self.available_memory: float | None = None  # MB
+        self.free_memory: int | None = None  # bytes
+        self.available_memory: int | None = None  # bytes
         self.error: Exception | None = None  # that ended the start
         self.may_be_known = inherited  # to central
         self.is_stopping = self.is_checked_out = self.is_replaced = False
@@ -3145,7 +3389,11 @@ class Node:
         check-in, which therefore comes last.  A process that became another version has
         lost nothing, so it has nothing to release.  Raises CrowdError."""
         self.start_reporters()
-        self.use_fork_server(self.start_fork_server(self.config))
+        fork_server = self.start_fork_server(self.config)
+        self.use_fork_server(fork_server)
+        if self.is_attended:
+            loaded = [fork_server.actions, fork_server.problems]
+            print(json.dumps(loaded), flush=True)
         self.adopt_records()
         self.read_machine()
         if not self.inherited:
@@ -3170,6 +3418,10 @@ class Node:
             "crowdnode %s, %s port %d, %s %s; actions: %s", __version__,
             self.config.host, self.port, has, self.central.url, ", ".join(self.actions),
         )  # fmt: skip
+        if self.inherited:
+            actions = ", ".join(self.actions)
+            said = f"going on as version {__version__}; actions: {actions}"
+            self.note_reload(True, said)
 
     def release_earlier_units(self) -> None:
         """Have central release what only central remembers of earlier nodes here.
@@ -3242,7 +3494,7 @@ class Node:
     def monitor_system(self) -> None:
         """Look at the machine, the records and the fork server: a tick of the loop."""
         self.overload.update("disk", self.disk_problem())
-        self.overload.end("start")
+        self.overload.update("start", None)
         self.adopt_records()
         self.end_strays()
         self.make_room()
@@ -3250,7 +3502,9 @@ class Node:
         now = time.monotonic()
         waiting = self.waiting()
         self.requeue(unit for unit in waiting if unit.due and unit.due <= now)
-        self.lock.touch()
+        if not self.lock.touch():
+            log.error("another node has taken over %s: stopping", self.lock.path)
+            self.wake(signal.SIGTERM)
         self.look_at_central()
         self.counters.add_minute(self.load_average, self.free_memory)
         self.remove_stale_directories()  # last: it may take long
@@ -3264,16 +3518,20 @@ class Node:
                 self.load_average = os.getloadavg()[0]
         self.free_memory = read_memory(SCRAPE_LINUX_MEMORY)
         self.available_memory = read_memory(SCRAPE_LINUX_AVAILABLE)
-        for name, value, sign, what in (
-            ("max_load", self.load_average, 1, "load average"),
-            ("min_free_memory", self.free_memory, -1, "MB of memory"),
-            ("min_available_memory", self.available_memory, -1, "MB of memory"),
-        ):
+        for name, value, what, is_low in (
+            ("max_load", self.load_average, "the load average is {:.2f}", False),
+            ("min_free_memory", self.free_memory, "{:.0f} MB of memory are free", True),
+            ("min_available_memory", self.available_memory,
+             "{:.0f} MB of memory are available", True),
+        ):  # fmt: skip
             limit: float | None = getattr(self.config, name)
             if value is None and limit:
                 self.warn_once(f"{name}: this machine has no value for it; ignored")
-            exceeded = value is not None and limit and (value - limit) * sign > 0
-            reason = f"{value:.2f} {what}, {name} is {limit:g}" if exceeded else None
+            reason = None
+            if value is not None and limit:
+                shown = value / MEGABYTE if is_low else value
+                if shown < limit if is_low else shown > limit:
+                    reason = f"{what.format(shown)}, {name} is {limit:g}"
             self.overload.update(name, reason)
 
     def warn_once(self, sentence: str) -> None:
@@ -3308,10 +3566,8 @@ class Node:
 
     def next_signal(self, seconds: float | None = None) -> int | None:
         """Wait for a signal; return its number, 0 for wake(0), None after *seconds*."""
-        with selectors.PollSelector() as selector:
-            selector.register(self.signal_reader, selectors.EVENT_READ)
-            if selector.select(seconds):
-                return os.read(self.signal_reader, 1)[0]
+        if is_readable(self.signal_reader, seconds):
+            return os.read(self.signal_reader, 1)[0]
         return None
 
     def wake(self, number: int) -> None:
@@ -3322,7 +3578,7 @@ class Node:
         """Refuse work, wait drain_time for what runs, check out, end the rest.
 
         A second signal skips the waiting."""
-        self.overload.begin("stopping", "the node is stopping")
+        self.overload.update("stopping", "the node is stopping")
         with contextlib.suppress(OSError):
             self.adopt_records()  # an upgraded node may not have adopted them yet
         log.info("stopping; %d units are running", len(self.active))
@@ -3375,12 +3631,19 @@ class Node:
                 warnings = preflight_warnings(config)
                 self.use_fork_server(self.start_fork_server(config))
             except (CrowdError, OSError, RuntimeError) as error:
-                return log.error("not reloaded, everything stays as it was: %s", error)
+                said = f"not reloaded, everything stays as it was: {error}"
+                log.error("%s", said)
+                return self.note_reload(False, said)
+            old = dict(vars(self.config))
+            changed = [name for name in NODE_KEYS if getattr(config, name) != old[name]]
             vars(self.config).update(vars(config))  # all parts have this object
             log_problems(("warning", warning) for warning in warnings)
             self.central = self.central_at(config.central_server)
             log.setLevel(config.log_level.upper())
-            log.info("reloaded; actions: %s", ", ".join(self.actions))
+            said = f"reloaded; changed keys: {', '.join(changed) or 'none'}; "
+            said += f"actions: {', '.join(self.actions)}"
+            log.info("%s", said)
+            self.note_reload(True, "\n".join([said, *config.warnings]))
             self.check_in_timer.soon()
         try:
             check_storage(config)
@@ -3388,8 +3651,15 @@ class Node:
             log.error("%s", error)
         return None
 
+    def note_reload(self, is_done: bool, said: str) -> None:
+        """Write down what came of a reload, for --reload, which waits for it."""
+        number = self.lock.content.get("reload", {}).get("number", 0) + 1
+        note = {"number": number, "is_done": is_done, "said": said}
+        self.lock.write(reload=note)
+
     def has_new_version(self, config: Config) -> bool:
-        """Return whether this program's file has been replaced by one that works."""
+        """Return whether this program's file has been replaced.  Raises CrowdError
+        where what replaces it does not work here."""
         try:
             if read_file(PROGRAM) == self.source:
                 return False
@@ -3399,7 +3669,7 @@ class Node:
         for arguments, pattern in (
             # An empty file exits with 0, and so does one without its last lines.
             (["--version"], rb"crowdnode \d[\w.]*\n"),
-            ([*config.arguments(), "--status"], rb"(?s).*"),
+            ([*config.arguments(), "--status", INHERIT_FLAG, "-1", "-1"], rb"(?s).*"),
         ):
             try:
                 command = [PYTHON, PROGRAM, *arguments]
@@ -3411,9 +3681,11 @@ class Node:
             except OSError as error:
                 problem = str(error)
         if problem:
-            log.error("%s has been replaced by a version that does not work here; this "
-                      "one goes on: %s", PROGRAM, problem)  # fmt: skip
-        return not problem
+            raise CrowdError(
+                f"{PROGRAM} has been replaced by a version that does not work here: "
+                f"{problem}"
+            )
+        return True
 
     def hand_over(self) -> None:
         """Finish the requests and reports under way; then the main thread executes the
@@ -3471,7 +3743,7 @@ class Node:
         old, self.fork_server = self.fork_server, fork_server
         if old:
             old.finish()
-        self.overload.end("fork server")
+        self.overload.update("fork server", None)
         if fork_server.gone:  # meanwhile; then receive() has taken it for an old one
             with contextlib.suppress(RuntimeError):
                 start_thread(self.receive, fork_server, ["gone"])
@@ -3491,7 +3763,7 @@ class Node:
                     fork_server.send("kill", pid, signal.SIGKILL)
                     return None
                 unit.state, unit.process_started = RUNNING, process_started
-                self.counters.count("accepted")
+                self.counters.accepted += 1
                 unit.pid.set_result(pid)
             elif unit in self.active and kind == "ended":
                 self.settle(unit, *rest[1:])
@@ -3505,7 +3777,7 @@ class Node:
         is_current = gone is self.fork_server and not self.is_stopping
         if is_current:
             log.error("the fork server has gone (%s); starting another", gone.gone)
-            self.overload.begin("fork server", "the fork server is starting")
+            self.overload.update("fork server", "the fork server is starting")
         with self.changed:
             for unit in list(self.units.values()):
                 if unit.fork_server is gone:
@@ -3513,8 +3785,12 @@ class Node:
                     if unit.state == STARTING:
                         self.withdraw(unit, "the fork server has gone")
         self.monitor_timer.soon()  # it looks after the orphans
-        backoff, give_up = Backoff(), time.monotonic() + RELOAD_PATIENCE
+        backoff, began = Backoff(), time.monotonic()
+        give_up = began + RELOAD_PATIENCE
         while is_current:
+            if time.monotonic() - began > FORK_SERVER_PATIENCE:
+                log.error("no fork server for %g s: stopping", FORK_SERVER_PATIENCE)
+                return self.wake(signal.SIGTERM)  # --daemon starts another node
             with self.reload_lock:
                 if self.fork_server is not gone or self.is_stopping:
                     return None
@@ -3596,7 +3872,7 @@ class Node:
             limit, running = self.config.max_workers, len(self.active)
             if limit and running >= limit:
                 reason = f"{running} units are running, max_workers is {limit}"
-                self.overload.begin("max_workers", reason)
+                self.overload.update("max_workers", reason)
             if self.overload:
                 raise NodeOverloaded(self.overload.reason)
             unit = Unit(head, self.config, self.fork_server)
@@ -3608,9 +3884,10 @@ class Node:
     def refused(self, reason: str) -> None:
         """Have a reason that ends with a check-in: a unit was refused, so central takes
         this node for busy until it checks in."""
-        self.counters.count("refused")
+        with self.changed:
+            self.counters.refused += 1
         if not self.overload:
-            self.overload.begin("start", reason)
+            self.overload.update("start", reason)
 
     def reject(self, unit: Unit, reason: str) -> None:
         """Remove a unit that no worker could be started for."""
@@ -3642,6 +3919,7 @@ class Node:
         with self.changed:
             unit.seconds = unit.age()
             unit.wait_status = wait_status
+            unit.kind = "succeeded" if wait_status == 0 else ""
             unit.timed_out = unit.timed_out or timed_out
             self.active.pop(unit, None)
             self.changed.notify_all()
@@ -3659,7 +3937,7 @@ class Node:
         """End the refusal for max_workers, if there is room."""
         limit = self.config.max_workers
         if not limit or len(self.active) < limit:
-            self.overload.end("max_workers")
+            self.overload.update("max_workers", None)
 
     def outcome_of(self, unit: Unit) -> Outcome | None:
         """Return the outcome in the unit's record; None where the record is another's.
@@ -3847,9 +4125,9 @@ class Node:
             if is_here and unit.state == ENDED:
                 self.forget(unit)
             return None
-        if not unit.is_counted:
+        if not unit.is_logged:
             self.log_outcome(unit, outcome)
-            unit.is_counted = True
+            unit.is_logged = True
         central = self.central_at(unit.head.get("central"))
         # After a reload the central before it may send units that are taken for ours.
         others = [other for other in self.centrals.values() if other.is_confirmed]
@@ -3863,11 +4141,13 @@ class Node:
                 raise
             self.give_up(unit, outcome)
             return self.report(unit)
-        if is_known:
-            self.counters.count("reported")
-        else:
+        if not is_known:
             log.warning("%s: central does not know it any more; discarded", unit)
+        # Not under any name that comes: each is a series that Prometheus keeps.
+        action = unit.action if unit.action in self.actions else "unknown"
         with self.changed:
+            self.counters.reported += is_known
+            self.counters.add_outcome(unit, float(outcome.seconds), action)
             if self.units.get(unit.id) is unit and unit.state == ENDED:
                 is_quick = time.monotonic() - (unit.replied_at or 0.0) < QUICK
                 if is_known and is_quick and central.commits_late:
@@ -3881,7 +4161,7 @@ class Node:
     def is_too_much(self, unit: Unit) -> bool:
         """Return whether central has answered 500 to *unit* REFUSALS times, and has
         taken reports of others in between."""
-        taken = self.counters.counts["reported"]
+        taken = self.counters.reported
         if taken != unit.taken_before:
             unit.refusals, unit.taken_before = unit.refusals + 1, taken
         return unit.refusals == REFUSALS
@@ -3900,17 +4180,17 @@ class Node:
         line = Outcome("failed", outcome.seconds, failure(reason)).line()
         append_line(unit.path, line)
         unit.refusals += 1
+        unit.kind, unit.reason = "failed", reason
 
     def log_outcome(self, unit: Unit, outcome: Outcome) -> None:
-        """Count an outcome; log it, and what the worker has printed."""
-        # Not under any name that comes: each is a series that Prometheus keeps.
-        action = unit.action if unit.action in self.actions else "unknown"
-        self.counters.add_outcome(unit, outcome, action)
+        """Log an outcome, and what the worker has printed."""
         with contextlib.suppress(OSError):
             if os.stat(f"{unit.path}.out").st_size:
                 printed = read_file(f"{unit.path}.out", OUTPUT_TAIL)
                 log_output(f"worker[{unit.worker}]", printed)
-        why = f": {outcome.reason()}"[:MESSAGE_TAIL] if outcome.reason() else ""
+        reason = outcome.reason()[:MESSAGE_TAIL]
+        unit.reason = reason.partition("\n")[0]
+        why = f": {reason}" if reason else ""
         verb, seconds = unit.kind.replace("_", " "), float(outcome.seconds)
         log.info("%s: %s after %.2f s%s", unit, verb, seconds, why)
 
@@ -4076,7 +4356,9 @@ class Node:
             unit.state = RUNNING if is_told else WITHDRAWN  # its pid was never sent
             unit.pid.set_result(record.pid or 0)
             if head.get("boot_id") == boot_id:
-                unit.began -= max(0.0, boot_clock() - float(head["started"]))
+                age = max(0.0, boot_clock() - float(head["started"]))
+                unit.began -= age
+                unit.started_at -= age
             unit.replied_at = time.monotonic()  # at the latest
             self.units[name] = unit
             self.active[unit] = None
@@ -4129,55 +4411,58 @@ class Node:
     # ---- what the routes show -----------------------------------------------
 
     def status(self) -> Json:
-        """Return the document of GET /status: seconds, MB, null where unknown."""
-        central, fork_server, free = self.central, self.fork_server, self.free_memory
-        now = time.monotonic()
+        """Return the document of GET /status (interface.md); null where unknown."""
+        central, fork_server, counters = self.central, self.fork_server, self.counters
+        has_fork_server = fork_server is not None and fork_server.gone is None
         with self.changed:
             running = [unit.status() for unit in self.active if unit.state == RUNNING]
+            counts, failed = counters.counts(), list(counters.failed)
         return {
             "version": __version__,
             "host": self.config.host,
             "port": self.port,
             "pid": os.getpid(),
-            "uptime": round(now - self.began, 3),
+            "started_at": iso_time(self.started_at),
+            "uptime_seconds": round(time.monotonic() - self.began, 3),
+            "state": self.overload.state,
+            "reason": self.overload.reason,
             "central": {
                 "url": central.url,
                 "dialect": central.dialect,
-                "checked_in_ago": central.checked_in_at
-                and round(now - central.checked_in_at, 3),
+                "last_check_in_at": iso_time(central.checked_in_at),
+                "next_try_at": iso_time(self.check_in_timer.due_at),
                 "error": central.error,
             },
             "actions": self.actions,
             "max_workers": self.config.max_workers,
-            "overloaded": bool(self.overload),
-            "reason": self.overload.reason,
             "load_average": self.load_average,
-            "free_memory": free and round(free, 1),
+            "free_memory_bytes": self.free_memory,
+            "available_memory_bytes": self.available_memory,
             "fork_server": {
-                "pid": fork_server.pid if fork_server else None,
+                "pid": fork_server.pid if fork_server and has_fork_server else None,
                 "restarts": self.restarts,
             },
             "running": running,
-            "unreported": len(self.waiting()),
-            "counts": dict(self.counters.counts),
+            "waiting": [unit.status() for unit in self.waiting()],
+            "failed": failed,
+            "recent": list(counters.recent),
+            "counts": counts,
+            "history": list(counters.history),
         }
 
     def details(self) -> Json:
-        """Return what the page shows besides: seconds, MB, null where unknown."""
-        config, answered = self.config, self.central.answered_at
-        limits = {name: config.limit(name, "time_limit") for name in self.actions}
+        """Return what the page shows besides; null where unknown."""
+        config = self.config
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free, available = config.min_free_memory, config.min_available_memory
         return {
             "tag": config.tag,
-            "answered_ago": answered and time.monotonic() - answered,
-            "refused_for": time.monotonic() - self.overload.since,
+            "total_memory_bytes": memory,
+            "refusing_since": iso_time(self.overload.since) if self.overload else None,
             "max_load": config.max_load,
-            "min_free_memory": config.min_free_memory,
-            "available_memory": self.available_memory,
-            "min_available_memory": config.min_available_memory,
-            "time_limits": limits,
-            "recent": list(self.counters.recent),
-            "waiting": [unit.status() for unit in self.waiting()[:RECENT]],
-            "history": list(self.counters.history),
+            "min_free_memory_bytes": free and int(free * MEGABYTE),
+            "min_available_memory_bytes": available and int(available * MEGABYTE),
+            "time_limits": {n: config.limit(n, "time_limit") for n in self.actions},
         }
 
 
@@ -4185,255 +4470,342 @@ class Node:
 # What the node shows: metrics, the page and --status, made from the status document.
 # ---------------------------------------------------------------------------
 
+SHOWN, LISTED = 20, 5  # units in a table of the page, under a name of --status
+TEXT_LIMIT = 300  # characters of a text that comes from a unit
 
-def metrics_text(status: Json, counters: Counters) -> str:
-    """Return GET /metrics: the status document in Prometheus's text format 0.0.4.
+
+def metrics_text(
+    status: Json,
+    outcomes: dict[tuple[str, str], int],
+    durations: dict[tuple[str, str], tuple[list[int], list[float]]],
+) -> str:
+    """Return the status document in Prometheus's text format 0.0.4.
 
     Source of the format and the naming: prometheus.io/docs/instrumenting."""
-    central, counts, free = status["central"], status["counts"], status["free_memory"]
-    about = {"version": status["version"], "host": status["host"]}
-    outcomes = [sample("units_total", counts[kind], outcome=kind) for kind in OUTCOMES]
-    durations = []
-    for (action, stage), (units, seconds) in sorted(counters.durations.items()):
-        labels, total = {"action": action, "stage": stage}, 0
+    central, at = status["central"], status["central"]["last_check_in_at"]
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    host = status["host"].translate(escapes)
+    about = f'{{version="{status["version"]}",host="{host}"}}'
+    # Zeros from the start: Prometheus sees no increase in a sample's first value.
+    totals = {(action, kind): 0 for action in status["actions"] for kind in OUTCOMES}
+    ended: dict[str, float] = {}  # values of samples, by suffix and labels
+    buckets: dict[str, float] = {}
+    for (action, kind), count in sorted({**totals, **outcomes}.items()):
+        ended[f'{{action="{action.translate(escapes)}",outcome="{kind}"}}'] = count
+    for (action, stage), (units, seconds) in sorted(durations.items()):
+        labels, total = f'action="{action.translate(escapes)}",stage="{stage}"', 0
         for bound, count in zip([*BUCKETS, "+Inf"], units):
             total += count
-            line = sample("unit_seconds_bucket", total, **labels, le=str(bound))
-            durations.append(line)
-        durations.append(sample("unit_seconds_sum", seconds[0], **labels))
-        durations.append(sample("unit_seconds_count", total, **labels))
-    # Name, kind, help; the value, None where it is unknown, or the lines of samples.
-    families: list[tuple[str, str, str, float | list[str] | None]] = [
-        ("info", "gauge", "The node, in its labels.", [sample("info", 1, **about)]),
-        ("uptime_seconds", "gauge", "Since the node's start.", status["uptime"]),
-        ("overloaded", "gauge", "1 where work is refused.", int(status["overloaded"])),
-        ("load_average", "gauge", "Of one minute.", status["load_average"]),
-        ("free_memory_bytes", "gauge", "Memory that nothing uses.",
-         free and free * MEGABYTE),
-        ("max_workers", "gauge", "Units at once; 0: no limit.", status["max_workers"]),
-        ("units_running", "gauge", "Units that run.", len(status["running"])),
-        ("units_unreported", "gauge", "Units whose outcome central has not taken.",
-         status["unreported"]),
-        ("central_failing", "gauge", "1 where the last call to central failed.",
-         int(central["error"] is not None)),
-        ("check_in_age_seconds", "gauge", "Since the last check-in.",
-         central["checked_in_ago"]),
-        ("fork_server_restarts_total", "counter", "Fork servers that were replaced.",
-         status["fork_server"]["restarts"]),
-        ("units_accepted_total", "counter", "Units taken.", counts["accepted"]),
-        ("units_refused_total", "counter", "Units refused.", counts["refused"]),
-        ("units_reported_total", "counter", "Outcomes that central has taken.",
-         counts["reported"]),
-        ("units_total", "counter", "Units that ended, by outcome.", outcomes),
-        ("unit_seconds", "histogram", "How long units took.", durations),
-    ]  # fmt: skip
+            buckets[f'_bucket{{{labels},le="{bound}"}}'] = total
+        buckets[f"_sum{{{labels}}}"] = seconds[0]
+        buckets[f"_count{{{labels}}}"] = total
     lines = []
-    for name, kind, text, value in families:
-        if value is not None:  # unknown: no sample says so best
-            lines.append(f"# HELP crowdnode_{name} {text}")
-            lines.append(f"# TYPE crowdnode_{name} {kind}")
-            lines += value if isinstance(value, list) else [sample(name, value)]
+    for name, value, text in (
+        ("info", {about: 1}, "Version and host name of the node."),
+        ("start_time_seconds", epoch(status["started_at"]), "Unix time of the start."),
+        ("last_check_in_timestamp_seconds", at and epoch(at),
+         "Unix time of the last check-in."),
+        ("central_up", int(bool(at) and central["error"] is None),
+         "1 if the last call to central succeeded, else 0."),
+        ("accepting", int(status["state"] in ("accepting", "full")),
+         "0 while the node is overloaded or shuts down, else 1."),
+        ("load_average", status["load_average"], "Load average of one minute."),
+        ("free_memory_bytes", status["free_memory_bytes"], "Memory that nothing uses."),
+        ("available_memory_bytes", status["available_memory_bytes"],
+         "Memory that programs can still get, caches included."),
+        ("max_workers", status["max_workers"], "Units at once, at most; 0: no limit."),
+        ("units_running", len(status["running"]), "Units that run."),
+        ("units_waiting", len(status["waiting"]), "Units that wait for their report."),
+        ("fork_server_restarts_total", status["fork_server"]["restarts"],
+         "Fork servers that were replaced."),
+        ("units_total", ended, "Units whose outcome central has taken."),
+        ("unit_duration_seconds", buckets, "Time that units took."),
+    ):  # fmt: skip
+        if value is None:  # unknown: no sample says so best
+            continue
+        kind = "counter" if name.endswith("_total") else "gauge"
+        kind = "histogram" if value is buckets else kind
+        lines.append(f"# HELP crowdnode_{name} {text}\n# TYPE crowdnode_{name} {kind}")
+        for suffix, number in (
+            value.items() if isinstance(value, dict) else [("", value)]
+        ):
+            lines.append(f"crowdnode_{name}{suffix} {number}")
     return "\n".join(lines) + "\n"
 
 
-def sample(name: str, value: float, **labels: str) -> str:
-    """Return the line of one value."""
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = [f'{key}="{text.translate(escapes)}"' for key, text in labels.items()]
-    inside = f"{{{','.join(pairs)}}}" if pairs else ""
-    return f"crowdnode_{name}{inside} {value}"
+def epoch(moment: str) -> int:
+    """Return the Unix time of *moment*, which is in ISO 8601 and in UTC."""
+    return calendar.timegm(tuple(map(int, re.findall(r"\d+", moment)[:6])))
 
 
-def ago(seconds: float | None) -> str:
+def clock(moment: str) -> str:
+    """Return *moment* in local time, with its date unless that is today."""
+    then, today = time.localtime(epoch(moment)), time.localtime()[:3]
+    return time.strftime("%H:%M:%S" if then[:3] == today else "%d %b %H:%M", then)
+
+
+def duration(seconds: float) -> str:
     """Return a length of time for people."""
-    if seconds is None:
-        return "never"
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{round(seconds / size, 1):g} {name}"
+    return f"{round(seconds, 0 if seconds >= 10 else 1 if seconds >= 1 else 2):g} s"
 
 
-def measured(now: float | None, unit: str, word: str, limit: float | None) -> str:
-    """Return a value, and its limit where there is one."""
-    text = "unknown" if now is None else f"{now:.0f}{unit}" if unit else f"{now:.2f}"
-    return text + (f", {word} {limit:g}" if limit else "")
+def memory(size: float | None, total: float | None = None) -> str:
+    """Return an amount of memory for people, and what it is a part of."""
+    of = f" of {total / GIGABYTE:.1f}" if total else ""
+    return "unknown" if size is None else f"{size / GIGABYTE:.1f}{of} GB"
+
+
+def one_line(value: Any) -> str:
+    """Return *value* as a line without control characters, cut if it is long."""
+    text = "" if value is None else " ".join(str(value).split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= TEXT_LIMIT else f"{text[: TEXT_LIMIT - 3]}..."
 
 
 def facts(status: Json, details: Json) -> list[tuple[str, str, str]]:
-    """Return what the page and --status list: name, text, and "good", "bad" or "".
+    """Return name, text and mood ("good", "warn", "bad" or "") of each fact to list.
 
-    *details*: those of the page; empty for --status, which has only the document."""
-    central, get = status["central"], details.get
-    verb, since = "checked in", central["checked_in_ago"]
-    if details:
-        verb, since = "answered", details["answered_ago"]
-    when = f"never {verb}" if since is None else f"{verb} {ago(since)} ago"
-    work, mood = "accepted", "good"
-    if status["overloaded"]:
-        duration = f" for {ago(details['refused_for'])}" if details else ""
-        work, mood = f"refused{duration}: {status['reason']}", "bad"
-    load = measured(status["load_average"], "", "max", get("max_load"))
-    free = measured(status["free_memory"], " MB free", "min", get("min_free_memory"))
-    available, limit = get("available_memory"), get("min_available_memory")
-    counts = [f"{n} {kind.replace('_', ' ')}" for kind, n in status["counts"].items()]
-    running, at_most = len(status["running"]), status["max_workers"] or "any number"
-    return [
-        ("work", work, mood),
-        ("central", f"{central['url']}, {when}", ""),
-        ("", central["error"] or "", "bad"),
-        ("load", load, ""),
-        ("memory", free, ""),
-        ("available", measured(available, " MB", "min", limit) * bool(details), ""),
-        ("running", f"{running} of at most {at_most}", ""),
-        ("units", ", ".join(counts), ""),
-        ("actions", ", ".join(status["actions"]), ""),
-    ]
+    The state comes first, then, without a name, what needs attention."""
+    central, state, load = status["central"], status["state"], status["load_average"]
+    at, total = central["last_check_in_at"], details.get("total_memory_bytes")
+    rows = [("State", state, {"accepting": "good", "refusing": "warn"}.get(state, ""))]
+    ago = f"{duration(max(time.time() - epoch(at), 0))} ago" if at else "never"
+    if central["error"]:
+        if state != "stopping":
+            rows = [("State", "central away", "bad")]
+        text = f"Central is away: {one_line(central['error'])}; last check-in {ago}"
+        if central["next_try_at"]:
+            text += f"; next try at {clock(central['next_try_at'])}"
+        rows.append(("", text, "bad"))
+    if state in ("refusing", "stopping"):
+        since = details.get("refusing_since")
+        text = state.capitalize() + (f" since {clock(since)}" if since else "")
+        rows.append(("", f"{text}: {one_line(status['reason'])}", "warn"))
+    up = f"process {status['pid']}, up {duration(status['uptime_seconds'])}"
+    counts = [f"{n:,} {kind.replace('_', ' ')}" for kind, n in status["counts"].items()]
+    texts = {
+        "Node": f"crowdnode {status['version']}, {up}",
+        "Central": f"{one_line(central['url'])}, last check-in {ago}",
+        "Load average": "unknown" if load is None else f"{load:.2f}",
+        "Free memory": memory(status["free_memory_bytes"], total),
+        "Available memory": memory(status["available_memory_bytes"], total),
+        "Units": ", ".join(counts),
+        "Actions": ", ".join(status["actions"]) or "none",
+    }
+    return rows + [(name, text, "") for name, text in texts.items()]
+
+
+def status_text(status: Json, in_colour: bool) -> str:
+    """Return the text of --status, in 80 columns."""
+    colours = {"good": GREEN, "warn": YELLOW, "bad": RED} if in_colour else {}
+    rows = [("Address", f"{status['host']}:{status['port']}", ""), *facts(status, {})]
+    for key in ("running", "waiting", "failed"):
+        for index, unit in enumerate(status[key][:LISTED]):
+            name = "" if index else f"{key.capitalize()} ({len(status[key])})"
+            of = (unit["action"], unit["stage"], f"job {unit['job_id']}", unit["input"])
+            text = f"unit {unit['id']} ({', '.join(map(str, filter(None, of)))}): "
+            if unit.get("ended_at"):
+                text = f"{clock(unit['ended_at'])} {text}"
+                text += unit["reason"] or unit["outcome"]
+            else:
+                text += f"{duration(unit['seconds'])}, process {unit['pid']}"
+            rows.append((name, one_line(text), ""))
+    lines = []
+    for name, text, mood in rows:
+        for line in textwrap.wrap(text, 62, break_on_hyphens=False):
+            line = f"{colours[mood]}{line}{PLAIN}" if mood in colours else line
+            lines.append(f"{name:<17} {line}\n")
+            name = ""
+    return "".join(lines)
 
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; --dim: #6a737d; --bad: #b3261e; --line: #8884 }
-@media (prefers-color-scheme: dark) { :root { --dim: #9aa4ae; --bad: #ff8a80 } }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto;
-  padding: 1rem }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem }
-small, th, .none { color: var(--dim); font-weight: normal }
-.bad { color: var(--bad) } .stale main { opacity: .5 }
-section { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); white-space: nowrap }
-td:nth-child(2), td:last-child { white-space: normal; overflow-wrap: anywhere;
-  min-width: 6rem }
-dl { display: grid; grid-template-columns: 7rem 1fr; gap: .15rem .8rem; margin: 1rem 0 }
-dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }
-meter { width: 6rem } figure { margin: 0 0 .8rem } figcaption { color: var(--dim) }
-svg { width: 100%; height: 4.5rem; background: var(--line); display: block }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
-svg line { stroke: var(--bad); stroke-dasharray: 4 }
-polyline, svg line { vector-effect: non-scaling-stroke }
+:root { color-scheme: light dark; --page: light-dark(#f4f6f8, #0f1419);
+  --card: light-dark(#fff, #1a2028); --text: light-dark(#1f2328, #e4e9ee);
+  --dim: light-dark(#59636e, #9ba6b2); --line: light-dark(#dde2e7, #303944);
+  --good: light-dark(#1a7f37, #4cc26a); --warn: light-dark(#8a5a00, #e0a93b);
+  --bad: light-dark(#c21f2b, #ff8a80) }
+* { box-sizing: border-box; margin: 0 } a { color: inherit }
+body { font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  color: var(--text); background: var(--page); max-width: 78rem; margin: auto;
+  padding: 1rem; overflow-wrap: anywhere }
+.good { --mood: var(--good) } .warn { --mood: var(--warn) } .bad { --mood: var(--bad) }
+header, small, th, dt, li, figure, .zero b { color: var(--dim); font-weight: normal }
+header { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: center }
+header p { width: 100% } h1 { font-size: 1.5rem; color: var(--text) }
+h2 { font-size: 1rem; margin: 1.2rem 0 .3rem } small { font-size: inherit }
+i, #bar { font: inherit; font-weight: 600; padding: .1rem .7rem; border-radius: 1rem;
+  color: var(--card); background: var(--mood, var(--dim)) } #bar:empty { display: none }
+#bar { position: sticky; top: .4rem; z-index: 1; margin-bottom: .8rem }
+#bar:not(:empty) + main { opacity: .5 } .note { border-left: 4px solid var(--mood) }
+li, figure, section, .note { padding: .5rem .8rem; border-radius: .4rem;
+  background: var(--card) } ul, .plots, .note { margin: .8rem 0 }
+ul, .plots { display: grid; grid-template-columns: repeat(5, 1fr); gap: .8rem;
+  padding: 0; list-style: none } .plots { grid-template-columns: repeat(3, 1fr) }
+b { color: var(--mood, var(--text)) } li b { display: block; font-size: 1.6rem }
+figure b { float: right } figcaption { font-size: 13px }
+svg { width: calc(100% - 3.4rem); height: 4.8rem; margin: .4rem 0 1.2rem 3.4rem;
+  display: block; overflow: visible; fill: none; stroke: var(--line) }
+path { stroke: #3b82d6; stroke-width: 1.5; stroke-linecap: round;
+  stroke-linejoin: round; vector-effect: non-scaling-stroke } .dot { stroke-width: 6 }
+text { fill: var(--dim); stroke: none; font-size: 12px } .end { text-anchor: end }
+line { stroke: var(--warn); stroke-dasharray: 4 } line + text { fill: var(--warn) }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; text-align: left }
+th, td { vertical-align: top; padding: .3rem .7rem .3rem 0; width: 8.5% }
+td { border-top: 1px solid var(--line) } th:first-child { width: 5.3rem }
+:is(th, td):is(:nth-child(3), :nth-child(4), :nth-child(6)) { text-align: right }
+th:nth-child(2) { width: 18% } th:nth-child(5) { width: 23% } meter { width: 3.5rem }
+th:last-child { width: auto } dl { display: grid; grid-template-columns: 9rem 1fr }
+@media (max-width: 40rem) { main, tr { display: flex; flex-flow: wrap; gap: 0 .7rem }
+  main { flex-flow: column } .plots { order: 1; grid-template-columns: 1fr }
+  ul { grid-template-columns: 1fr 1fr } li:first-child { grid-column: span 2 }
+  table, tbody { display: block } tr + tr + tr { border-top: 1px solid var(--line) }
+  tr { padding: .4rem 0 } tr:first-child { display: none }
+  td { border: 0; padding: 0; width: auto; order: 2 } td:nth-child(-n+2) { order: 0 }
+  td:nth-child(3)::before { content: "job " } .reason td:last-child { width: 100% }
+  td:nth-child(4)::before { content: "unit " }
+  td:nth-child(5) { order: 1; width: 100%; font-weight: 600 } }
 """
 PAGE_SCRIPT = """
+const find = (selector, page = document) => page.querySelector(selector);
 setInterval(async () => {
+  if (!getSelection().isCollapsed) return;  // a text is about to be copied
   try {
-    const place = location.origin + location.pathname;  // without a password
-    const answer = await fetch(place, { cache: "no-store" });
+    const options = { cache: "no-store", signal: AbortSignal.timeout?.(4000) };
+    const answer = await fetch(location.origin + location.pathname, options);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (!answer.ok) throw answer.status;
-    document.querySelector("main").replaceWith(page.querySelector("main"));
-    document.body.className = "";
-  } catch { document.body.className = "stale"; }
+    find("main").replaceWith(find("main", page));
+    find("#bar").textContent = "";
+    document.title = page.title;
+  } catch {
+    find("#bar").textContent = "no answer since " + find("main").dataset.at;
+    document.title = document.title.replace(/^[^·]*/, "no answer ");
+  }
 }, 5000);
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{word} · {name}</title><link rel="icon" href="data:,">
+<noscript><meta http-equiv="refresh" content="10"></noscript>
+<style>{style}</style></head><body><p id="bar" class="bad" role="alert"></p>
+<main data-at="{now}"><header><h1>{name}</h1><i class="{mood}">{word}</i> {tag}
+<p>{about} · central {central} · <a href="status">/status</a> ·
+<a href="metrics">/metrics</a></p></header>{notes}<ul>{tiles}</ul>
+<div class="plots">{plots}</div>{tables}
+<h2>Node</h2><section><dl>{facts}</dl></section></main>
+<script>{script}</script></body></html>
 """
 
 
 def page_policy() -> str:
     """Return the headers that let a browser do no more than the page needs."""
-
-    def digest(text: str) -> str:
-        hashed = hashlib.sha256(text.encode()).digest()
-        return f"'sha256-{base64.b64encode(hashed).decode()}'"
-
+    style, script = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (PAGE_STYLE, PAGE_SCRIPT)
+    )
     return (
         "Content-Security-Policy: default-src 'none'; img-src data:; connect-src "
-        f"'self'; style-src {digest(PAGE_STYLE)}; script-src {digest(PAGE_SCRIPT)}; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+        f"'self'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri "
+        "'none'; form-action 'none'; frame-ancestors 'none'\r\n"
         "Cache-Control: no-store\r\n"
     )
 
 
 def render_page(status: Json, details: Json) -> str:
-    """Return GET /: one document, complete without JavaScript."""
-    name = html.escape(f"{status['host']}:{status['port']}")
-    tag = f" <small>{html.escape(details['tag'])}</small>" if details["tag"] else ""
-    about = f"crowdnode {status['version']}, up {ago(status['uptime'])}, process "
-    rows = "".join(
-        f"<dt>{title.capitalize()}</dt><dd{' class=bad' * (mood == 'bad')}>"
-        f"{html.escape(text)}</dd>"
-        for title, text, mood in facts(status, details)
-        if text
-    )
-    running = unit_rows(status["running"], details["time_limits"])
-    waiting = unit_rows(details["waiting"], {})
-    heads = "unit action stage pid since limit"
-    limits = (details["max_load"], details["min_free_memory"], None)
-    titles = ("load average", "free memory, MB", "units a minute")
-    columns = [list(column) for column in zip(*details["history"])] or [[], [], []]
-    body = [
-        f"<h1>{name}{tag}</h1><small>{about}{status['pid']}</small><dl>{rows}</dl>",
-        render_table("Running", heads, running),
-        render_table(f"Waiting for central ({status['unreported']})", heads, waiting),
-        "<h2>The last hour</h2>",
-        *map(render_plot, titles, columns, limits),
-        render_table("Ended last", "unit action stage at took how",
-                     [recent_row(unit) for unit in details["recent"]]),
-    ]  # fmt: skip
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{name}</title><link rel="icon" href="data:,">'
-        '<noscript><meta http-equiv="refresh" content="10"></noscript>'
-        f"<style>{PAGE_STYLE}</style></head>\n<body><main>{''.join(body)}</main>"
-        f"<script>{PAGE_SCRIPT}</script></body></html>\n"
-    )
+    """Return the page: one HTML document, complete without JavaScript."""
+    rows = [(key, html.escape(text), css) for key, text, css in facts(status, details)]
+    texts, counts = {key: text for key, text, _ in rows}, status["counts"]
+    history, most = status["history"], status["max_workers"]
+    free, total = "free_memory_bytes", details["total_memory_bytes"] or 1
+    tiles = (("Running", len(status["running"]), f"/{most}" if most else "", ""),
+             ("Succeeded", counts["succeeded"], "", ""),
+             ("Failed", counts["failed"], "", "bad"),
+             ("Died or timed out", counts["died"] + counts["timed_out"], "", "bad"),
+             ("Waiting for central", len(status["waiting"]), "", ""))  # fmt: skip
+    plots = (("Load average", "load_average", 1, details["max_load"], "{:,.0f}".format),
+             ("Free memory", free, total, details[f"min_{free}"], memory),
+             ("Units per minute", "units_per_minute", 1, 0, "{:,.0f}".format)
+             )  # fmt: skip
+    tables = (("Running", "running", "limit"), ("Failed last", "failed", "reason"),
+              ("Waiting for central", "waiting", "outcome"),
+              ("Ended last", "recent", "outcome"))  # fmt: skip
+    return PAGE.format(
+        style=PAGE_STYLE, script=PAGE_SCRIPT, now=time.strftime("%H:%M:%S"),
+        name=html.escape(f"{status['host']}:{status['port']}"), word=rows[0][1],
+        mood=rows[0][2], tag=html.escape(details["tag"] or ""), about=texts["Node"],
+        central=texts["Central"],
+        notes="".join(f'<p class="note {css}">{text}</p>'
+                      for key, text, css in rows if not key),
+        tiles="".join(f'<li class="{css if n else "zero"}"><b>{n:,}{of}</b>{title}</li>'
+                      for title, n, of, css in tiles),
+        plots="".join(render_plot(title, texts.get(title, ""), history, *scale)
+                      for title, *scale in plots),
+        tables="".join(render_units(title, status[key], last, details["time_limits"])
+                       for title, key, last in tables),
+        facts="".join(f"<dt>{key}</dt><dd>{text}</dd>" for key, text, _ in rows[-3:]),
+    )  # fmt: skip
 
 
-def render_table(title: str, heads: str, rows: list[list[str]]) -> str:
-    """Return a table; *heads*: separated by blanks; each cell is HTML."""
-    if not rows:
-        return f"<h2>{title}</h2><p class=none>none</p>"
-    head = "".join(f"<th>{word}</th>" for word in heads.split())
-    lines = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
-    return f"<h2>{title}</h2><section><table><tr>{head}</tr>{lines}</table></section>"
+def render_units(title: str, units: list[Json], last: str, limits: Json) -> str:
+    """Return a table of *units* as HTML, whose last column is *last*."""
+    if not units:
+        return f"<h2>{title} <small>none</small></h2>"
+    when = "Started" if last == "limit" else "Ended"
+    rows = f"<tr><th>{when}<th>Action<th>Job<th>Unit<th>Input<th>Time<th>{last.title()}"
+    for unit in units[:SHOWN]:
+        text = {key: html.escape(one_line(value)) for key, value in unit.items()}
+        at, seconds = unit.get("ended_at") or unit["started_at"], unit["seconds"]
+        kind, reason = text.get("outcome", "").replace("_", " "), text.get("reason")
+        cell = kind if kind == "succeeded" else f'<b class="bad">{kind}</b>'
+        if last == "reason":
+            cell = reason if reason and kind == "failed" else f"{cell} {reason}"
+        if last == "limit":
+            seconds, limit, cell = int(seconds), limits.get(unit["action"]), ""
+            if limit:
+                meter = f'max="{limit:g}" high="{limit * 0.9:g}" value="{seconds}"'
+                cell = f'of {duration(limit)} <meter optimum="0" {meter}></meter>'
+        rows += (
+            f"<tr><td>{clock(at)}<td>{text['action']} <small>{text['stage']}</small>"
+        )
+        rows += f"<td>{text['job_id']}<td>{text['id']}<td>{text['input']}"
+        rows += f"<td>{duration(seconds)}<td>{cell}"
+    more = f"<small>and {len(units) - SHOWN:,} more</small>" if units[SHOWN:] else ""
+    table = f'<table class="{last}">{rows}</table>'
+    return f"<h2>{title}</h2><section>{table}{more}</section>"
 
 
-def unit_cells(unit: Json, *keys: str) -> list[str]:
-    """Return the cells of a unit's *keys*."""
-    return [html.escape(str(unit[key])) for key in keys]
+def render_plot(title: str, now: str, history: list[Json], *scale: Any) -> str:
+    """Return a plot of the last hour, a point a minute, as HTML.
 
-
-def unit_rows(units: list[Json], limits: dict[str, float | None]) -> list[list[str]]:
-    """Return a row for each unit, with a meter of its time limit."""
-    rows = []
-    for unit in units:
-        limit, seconds = limits.get(unit["action"]), unit["seconds"]
-        bar = f'<meter max="{limit:g}" value="{seconds:g}"></meter>' if limit else ""
-        cells = unit_cells(unit, "id", "action", "stage", "pid")
-        rows.append([*cells, ago(seconds), bar])
-    return rows
-
-
-def recent_row(unit: Json) -> list[str]:
-    """Return the row of a unit that has ended."""
-    how, reason = unit["how"].replace("_", " "), unit["reason"]
-    how = html.escape(f"{how}: {reason}" if reason else how)
-    if unit["how"] != "succeeded":
-        how = f"<span class=bad>{how}</span>"
-    at = time.strftime("%H:%M:%S", time.localtime(unit["at"]))
-    return [*unit_cells(unit, "id", "action", "stage"), at, ago(unit["seconds"]), how]
-
-
-def render_plot(title: str, values: list[float | None], limit: float | None) -> str:
-    """Return a plot of an hour, a point a minute, the latest on the right."""
-    known = [value for value in values if value is not None]
+    *scale*: the key, the least that it reaches, a limit or None, a value's label."""
+    (key, least, limit, label), line, path, dot = scale, "", "", ""
+    known = [minute[key] for minute in history if minute[key] is not None]
+    now = now or (label(known[-1]) if known else "unknown")
+    head = f"<figure><figcaption>{title} <b>{now}</b></figcaption>"
     if not known:
-        return f"<figure><figcaption>{title}: nothing yet</figcaption></figure>"
-    top, start = max(*known, limit or 0, 1e-9) * 1.05, 60 - len(values)
-    points = " ".join(
-        f"{place},{100 - 100 * value / top:.1f}"
-        for place, value in enumerate(values, start)
-        if value is not None
-    )
-    height = f"{100 - 100 * (limit or 0) / top:.1f}"
-    line = f'<line x1="0" x2="59" y1="{height}" y2="{height}"/>' if limit else ""
-    now, low, high = (
-        f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-        for value in (known[-1], min(known), max(known))
-    )
-    caption = f"{title}: {now} now, {low} to {high}"
+        return f"{head}</figure>"
+    top = max(*known, least)
+    top = math.ceil(limit if limit and top < limit < 1.5 * top else top)
+    for x, minute in enumerate(history, 60 - len(history)):
+        y = None if minute[key] is None else 100 - 100 * minute[key] / top
+        path += "" if y is None else f"L{x} {y:.1f}" if dot else f"M{x} {y:.1f}h0"
+        dot = "" if y is None else f"M{x} {y:.1f}h0"
+    if limit and 0.05 * top < limit <= top:
+        y = round(100 - 100 * limit / top)
+        line = f'<line x2="100%" y1="{y}%" y2="{y}%"/><text x="4" y="{y}%" dy="'
+        line += f'{-4 if y > 25 else 13}">limit {label(limit)}</text>'
     return (
-        f"<figure><figcaption>{caption}</figcaption>"
-        f'<svg viewBox="0 0 59 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{caption}">{line}<polyline points="{points}"/></svg></figure>'
+        f'{head}<svg role="img" aria-label="{title} {now}"><rect width="100%" '
+        f'height="100%"/>{line}<text class="end" x="-6" y="10">{label(top)}</text>'
+        '<text class="end" x="-6" y="100%">0</text><text y="100%" dy="15">−60 min'
+        '</text><text class="end" x="100%" y="100%" dy="15">now</text>'
+        f'<svg viewBox="0 0 59 100" preserveAspectRatio="none"><path d="{path}"/>'
+        f'<path class="dot" d="{dot}"/></svg></svg></figure>'
     )
 
 
@@ -4447,6 +4819,7 @@ MAX_CONNECTIONS = 512
 FORM_FIELDS = 1000
 OVERLOADED_MESSAGE = "Node Overloaded"  # the body by which central knows a refusal
 FORM_TYPE = "application/x-www-form-urlencoded"
+SERVER_NAME = "crowdnode"
 TEXT_TYPE = "text/plain;charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CHALLENGE = 'WWW-Authenticate: Basic realm="CloudCrowd"\r\n'
@@ -4530,7 +4903,7 @@ class NodeServer(Server):
         try:
             super().process_request(request, client_address)
         except RuntimeError:
-            self.node.overload.begin("start", "can't start a thread")
+            self.node.overload.update("start", "can't start a thread")
             request.settimeout(1)
             self.process_request_thread(request, client_address)
 
@@ -4579,7 +4952,7 @@ def http_answer(
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{header}"
         f"Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
-        "Connection: close\r\nServer: crowdnode\r\n\r\n"
+        f"Connection: close\r\nServer: {SERVER_NAME}\r\n\r\n"
     )
     return head.encode("latin-1") + data
 
@@ -4702,20 +5075,27 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
         if method == "POST":  # Rack's method override; protocol.md, "The unit"
             override = self.fields.get("x-http-method-override", "")
             method = fields.get("_method", override).upper() or "POST"
-        route = f"{method} {path}"
-        if route == "GET /heartbeat":
+        known = {"/heartbeat": "GET", "/work": "POST"}
+        known.update(dict.fromkeys(("/status", "/metrics", "/"), "GET"))
+        if path not in known:
+            raise BadRequest("Not Found", 404)
+        if method != known[path]:
+            allowed = known[path].replace("GET", "GET, HEAD")
+            header = f"Allow: {allowed}\r\n"
+            raise BadRequest(f"{path} takes {allowed} alone.", 405, header)
+        if path == "/heartbeat":
             self.reply(HEARTBEAT)
-        elif route == "POST /work":
+        elif path == "/work":
             self.accept_unit(fields)
-        elif route == "GET /status":
+        elif path == "/status":
             self.reply(json.dumps(node.status()), kind="application/json")
-        elif route == "GET /metrics":
-            self.reply(metrics_text(node.status(), node.counters), kind=METRICS_TYPE)
-        elif route == "GET /":
+        elif path == "/metrics":
+            of = node.counters
+            text = metrics_text(node.status(), of.outcomes, of.durations)
+            self.reply(text, kind=METRICS_TYPE)
+        else:
             page = render_page(node.status(), node.details())
             self.reply(page, 200, "text/html; charset=utf-8", page_policy())
-        else:
-            raise BadRequest("Not Found", 404)
 
     def require_login(self) -> None:
         """Raise BadRequest unless the credentials are right.
@@ -4850,11 +5230,12 @@ class Task:
         self, id: int, place: tuple[int, ...], status: int, input: str
     ) -> None:
         self.id = id
-        self.place = place  # of its output in the job's
+        self.place = place  # of its output in the job's; first the number of its input
         self.status = status
         self.input = input
         self.attempts = 0
         self.output: Any = None
+        self.is_over = False
         self.reason: str | None = None  # why it failed for good
 
 
@@ -4884,42 +5265,50 @@ class LocalCentral(Server):
     on a free loopback port.
 
     It speaks the seed's dialect: it records a pid before it takes a report.  config:
-    the node's, for both have the same credentials; action and the rest: the job's."""
+    the node's, for both have the same credentials.  *ended* is called with each task
+    whose report has come, before the report is answered."""
 
-    def __init__(
-        self, config: Config, action: str, stages: list[str], options: Json
-    ) -> None:
+    def __init__(self, config: Config, ended: Callable[[Task, bool], None]) -> None:
         super().__init__(("127.0.0.1", 0), LocalCentralHandler)
-        self.port = int(self.server_address[1])
         self.config = config
-        self.action = action
-        self.stages = stages
-        self.options = options
-        self.job_id = int(
-            f"{time.time_ns()}{os.getpid()}"
-        )  # part of the names of what units save
+        self.ended = ended
+        # Part of the names of what units save: unique on this machine.
+        self.job: Json = {"job_id": int(f"{time.time_ns()}{os.getpid()}")}
+        self.stages: list[str] = []
         self.changed = threading.Condition()
         self.finished = threading.Event()
         self.pending: deque[Task] = deque()
         self.sent: dict[int, Task] = {}  # by id
         self.done: list[Task] = []
         self.failures: list[Task] = []
+        self.by_input: dict[int, list[Task]] = {}  # -1: the merge
         self.merged: Task | None = None
-        self.total = 0
+        self.last_id = 0
         self.node: str | None = None  # HOST:PORT
-        self.was_known = False  # a node has checked in at least once
         self.is_busy = False
         self.room = 0
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def start(self, inputs: list[str]) -> None:
-        """Start the job."""
-        status = SPLITTING if "split" in self.stages else PROCESSING
-        for number, input in enumerate(inputs):
-            self._add((number,), status, input)
-        self._advance()
         start_thread(self.serve_forever)
+
+    def start(
+        self, action: str, stages: list[str], inputs: list[str], options: Json
+    ) -> None:
+        """Start the job."""
+        self.job.update(action=action, options=options)
+        status = SPLITTING if "split" in stages else PROCESSING
+        with self.changed:
+            self.stages = stages
+            for number, input in enumerate(inputs):
+                self._add((number,), status, input)
+            self._advance()
         start_thread(self._dispatch)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many of the job's pieces have ended, and how many there are."""
+        with self.changed:
+            rest = [*self.pending, *self.sent.values()]
+            ended = len(self.done) + len(self.failures)
+            return ended, ended + sum(task.status != MERGING for task in rest)
 
     def outputs(self) -> list[Any]:
         """Return the job's outputs, in the order of its inputs."""
@@ -4936,7 +5325,7 @@ class LocalCentral(Server):
             if kind == "node" and method == "DELETE":
                 self._release()
             elif kind == "node":
-                self.node, self.was_known = f"{name}:{fields['port']}", True
+                self.node = f"{name}:{fields['port']}"
                 self.is_busy = fields.get("busy") == "true"
                 self.room = int(fields.get("max_workers") or 0)
             else:
@@ -4957,29 +5346,32 @@ class LocalCentral(Server):
     def _take(self, task: Task, is_success: bool, output: Any) -> None:
         """Take a report."""
         task.attempts += 1
+        self.ended(task, is_success)
         if not is_success and task.attempts < self.config.work_unit_retries:
             self.pending.append(task)
         elif not is_success:
             self._fail(task, str(output))
-        elif task.status == SPLITTING:
-            for number, input in enumerate(flattened(output)):
-                text = input if isinstance(input, str) else to_json(input)
-                self._add((*task.place, number), PROCESSING, text)
         else:
             task.output = output
-            if task.status == PROCESSING:
+            if task.status == SPLITTING:
+                for number, input in enumerate(flattened(output)):
+                    text = input if isinstance(input, str) else to_json(input)
+                    self._add((*task.place, number), PROCESSING, text)
+            elif task.status == PROCESSING:
                 self.done.append(task)
-        self._advance()
+            task.is_over = True
+            self._advance()
 
     def _fail(self, task: Task, reason: str) -> None:
-        task.reason = reason
+        task.reason, task.is_over = reason, True
         self.failures.append(task)
         self._advance()
 
     def _add(self, place: tuple[int, ...], status: int, input: str) -> Task:
-        self.total += 1
-        task = Task(self.total, place, status, input)
+        self.last_id += 1
+        task = Task(self.last_id, place, status, input)
         self.pending.append(task)
+        self.by_input.setdefault(place[0], []).append(task)
         return task
 
     def _advance(self) -> None:
@@ -4989,7 +5381,7 @@ class LocalCentral(Server):
         if "merge" in self.stages and not self.failures and self.merged is None:
             ordered = sorted(self.done, key=lambda task: task.place)
             outputs = to_json([task.output for task in ordered])
-            self.merged = self._add((0,), MERGING, outputs)
+            self.merged = self._add((-1,), MERGING, outputs)
         else:
             self.finished.set()
 
@@ -5004,12 +5396,10 @@ class LocalCentral(Server):
                 task, node = self.pending.popleft(), self.node
                 self.sent[task.id] = task
             status, reason = self._post(node, task)
-            if status == 200:
-                continue
             with self.changed:
-                if status not in (400, 413, 503):
+                if status not in (200, 400, 413, 503):
                     self._release()
-                elif self.sent.pop(task.id, None):
+                elif status != 200 and self.sent.pop(task.id, None) is not None:
                     self.is_busy = status == 503
                     if self.is_busy:
                         self.pending.appendleft(task)
@@ -5018,9 +5408,8 @@ class LocalCentral(Server):
 
     def _post(self, node: str, task: Task) -> tuple[int, str]:
         """Send a unit to the node; return the status, 0 without an answer, and why."""
-        unit = {"job_id": self.job_id, "action": self.action, "options": self.options}
         keys = ("id", "input", "attempts", "status")
-        unit.update((key, getattr(task, key)) for key in keys)
+        unit = {**self.job, **{key: getattr(task, key) for key in keys}}
         data = form_encoded([("work_unit", json.dumps(unit).encode())])
         headers = {"Authorization": basic_credentials(self.config)}
         request = urllib.request.Request(f"http://{node}/work", data, headers)
@@ -5034,6 +5423,12 @@ class LocalCentral(Server):
             return 0, str(error)
 
 
+def json_line(value: Any) -> bytes:
+    """Return *value* as a line of JSON in UTF-8, whatever a file's name holds."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # \udce9 is JSON, too
+
+
 def flattened(value: Any) -> list[Any]:
     """Return a split's output as CloudCrowd takes it: without nested lists."""
     if not isinstance(value, list):
@@ -5041,23 +5436,29 @@ def flattened(value: Any) -> list[Any]:
     return [item for element in value for item in flattened(element)]
 
 
+TROUBLE_PATIENCE = 2  # seconds until what keeps the job from going on is shown
+TRACEBACK = "Traceback (most recent call last):"
+FRAMES = re.compile(r" \(((?:[^();]+, line \d+, in [^();]+(?:; )?)+)\)$")
+
+
 class LocalRun:
-    """One job on this machine: a LocalCentral, a real node, its workers; progress and
-    failures on standard error."""
+    """One job on this machine: a LocalCentral, a real node, its workers; progress, what
+    actions print, and failures on standard error."""
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
-        loader, action = ActionLoader(config, BUILT_IN_ACTIONS), arguments.run
-        actions = loader.load()
-        if action not in actions:
-            problems = "".join(f"\n{sentence}" for _, sentence in loader.problems)
-            remedy = nearest(action, sorted(actions)) if actions else "there is none"
-            raise UsageError(f"--run {action}: no such action: {remedy}{problems}")
-        if arguments.output is not None:
-            check_output(arguments.output)
         self.arguments = arguments
-        self.directory = tempfile.mkdtemp(prefix="crowdnode-")
-        self.log_path = os.path.join(self.directory, "log")
-        self.config_path = os.path.join(self.directory, "crowdnode.conf")
+        self.names: list[str] = arguments.names
+        place = None
+        if config.temp_storage_path != config.state_file("work"):
+            place = config.temp_storage_path
+            make_private_directory(place)
+        self.directory = tempfile.mkdtemp(prefix="crowdnode-", dir=place)
+        self.log: deque[str] = deque(maxlen=100)  # the node's last lines
+        self.trouble, self.trouble_at = (
+            "",
+            0.0,
+        )  # its last warning, and when (monotonic)
+        self.shown_trouble = ""
         # The user's configuration, but on loopback, for this job alone and at once.
         values = {**vars(config), "max_workers": config.max_workers or processors()}
         values.update(host="127.0.0.1", bind="127.0.0.1", port=0, dialect="seed")
@@ -5068,30 +5469,33 @@ class LocalRun:
         values.update(http_authentication=True, login="run", password=password)
         work = os.path.join(self.directory, "work")
         values.update(state_path=self.directory, temp_storage_path=work)
-        config, stages = Config(values), stages_of(actions[action])
-        self.central = LocalCentral(config, action, stages, arguments.options)
-        vars(config)["central_server"] = f"http://127.0.0.1:{self.central.port}"
-        write_config(config, self.config_path)
+        self.config = Config(values)
+        self.central = LocalCentral(self.config, self._ended)
+        url = f"http://127.0.0.1:{self.central.server_address[1]}"
+        vars(self.config)["central_server"] = url
         self.node: subprocess.Popen[bytes] | None = None
         self.began = time.monotonic()
-        self.shown = 0  # failures
+        self.printed: dict[int, tuple[int, str]] = {}  # bytes shown, rest, by task's id
+        self.shown_failures = 0
         self.is_over = False  # signals have no effect any more
+        self.lock = threading.Lock()  # for standard error
+        self.file: Any = None  # of --json-lines
 
     def run(self) -> int:
         """Do the job and print its outputs.  Returns the exit status."""
         for number in NODE_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._interrupt)
-        failures = self.central.failures
+        arguments, failures = self.arguments, self.central.failures
         try:
-            self.central.start(self.arguments.inputs)
+            self._start_job()
             self._wait()
         except KeyboardInterrupt:
             self._say("interrupted")
             return EXIT_INTERRUPTED
         finally:
             self._clean_up()
-        if not self.arguments.fail_fast or not failures:
+        if not arguments.json_lines and not (arguments.fail_fast and failures):
             self._write(self.central.outputs())
         return EXIT_FAILED if failures else EXIT_OK
 
@@ -5101,79 +5505,208 @@ class LocalRun:
             self.is_over = True
             raise KeyboardInterrupt
 
+    def _start_job(self) -> None:
+        """Start the node; when its actions are loaded, start the job.
+
+        Raises UsageError where the action is not among them."""
+        action, options = self.arguments.run, self.arguments.options
+        node, patience = self._start_node(), 1.0
+        assert node.stdout
+        while not is_readable(node.stdout.fileno(), patience):
+            self._say("the actions are still loading")
+            patience = LOAD_DEADLINE
+        line = node.stdout.readline()
+        if not line:
+            self.reader.join()
+            log = "".join(self.log)
+            said = log.partition("crowdnode: ")[2].strip()
+            raise CrowdError(said or f"the node does not run:\n{log}")
+        actions, problems = json.loads(line)
+        if action not in actions:
+            own = re.compile(rf"(/|the action ){re.escape(action)}(\.py)? is left out")
+            reasons = [text for _, text in problems if own.search(text)]
+            remedy = nearest(action, sorted(actions)) if actions else "there is none"
+            reason = "; ".join(reasons) or f"no such action: {remedy}"
+            raise UsageError(f"--run {action}: {reason}")
+        if self.arguments.json_lines and self.arguments.output:
+            self.file = open(self.arguments.output, "wb")  # noqa: SIM115
+        self.central.start(action, actions[action], self.arguments.inputs, options)
+
+    def _start_node(self) -> subprocess.Popen[bytes]:
+        self.node = subprocess.Popen(
+            [PYTHON, PROGRAM, ATTENDED_FLAG],
+            stdin=subprocess.PIPE,  # its end tells the node to stop
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C comes here, and we stop the node
+        )
+        assert self.node.stdin
+        self.reader = start_thread(self._read_log, self.node.stderr)
+        with contextlib.suppress(BrokenPipeError):  # it has died: its log says why
+            self.node.stdin.write(json.dumps(vars(self.config)).encode() + b"\n")
+            self.node.stdin.flush()
+        return self.node
+
+    def _read_log(self, pipe: Any) -> None:
+        """Keep the end of the node's log, and notice what keeps it from working."""
+        for data in pipe:
+            line = data.decode("utf-8", "replace")
+            self.log.append(line)
+            warning = re.search(r"\] (?:warning|error): (.*)", line)
+            if warning and self.central.stages:  # the job has begun
+                self.trouble_at = self.trouble_at or time.monotonic()
+                self.trouble = warning[1]
+            elif "info: accepting work" in line:
+                self.trouble, self.trouble_at = "", 0.0
+
+    def _wait(self) -> None:
+        """Wait for the end of the job; start the node again if it dies."""
+        central, starts = self.central, 1
+        while not central.finished.wait(0.05):
+            self._show_progress()
+            if self.arguments.fail_fast and central.failures:
+                break
+            assert self.node
+            if self.node.poll() is None:
+                continue
+            if starts == 5:
+                raise CrowdError(f"the node does not run:\n{''.join(self.log)}")
+            starts += 1
+            self._start_node()
+        self._show_progress()
+        nothing = sum(task.output is None for task in central.done)
+        if nothing:
+            what = f"{self.arguments.run} returned nothing for {nothing}"
+            self._say(f"{what} of {len(central.done)} inputs")
+        self._say(self._counts())
+
+    def _counts(self) -> str:
+        done, total = self.central.counts()
+        return f"{done} of {total} done, {len(self.central.failures)} failed"
+
+    def _name(self, task: Task) -> str:
+        return "merge" if task.status == MERGING else self.names[task.place[0]]
+
+    def _ended(self, task: Task, is_success: bool) -> None:
+        """Show the rest of what a task has printed, but not the traceback of its
+        failure, which is shown in another form."""
+        self.trouble, self.trouble_at = "", 0.0
+        self._show_printed(task, is_success)
+        rest = self.printed.pop(task.id, (0, ""))[1]
+        if rest and (is_success or not rest.startswith(TRACEBACK)):
+            for line in rest.splitlines():
+                self._say(f"{self._name(task)}: {line}")
+
+    def _show_printed(self, task: Task, is_over: bool = False) -> None:
+        """Show the lines that a task has printed since the last time; what may be the
+        traceback of its failure is kept back."""
+        seen, rest = self.printed.get(task.id, (0, ""))
+        path = os.path.join(self.config.units_path, f"{task.id}.out")
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            seen = min(seen, os.fstat(file.fileno()).st_size)  # it may be cut back
+            file.seek(seen)
+            data = file.read()
+            seen, rest = seen + len(data), rest + data.decode("utf-8", "replace")
+        while "\n" in rest and (is_over or not rest.startswith(TRACEBACK)):
+            line, _, rest = rest.partition("\n")
+            self._say(f"{self._name(task)}: {line}")
+        self.printed[task.id] = seen, rest
+
+    def _show_failure(self, task: Task) -> None:
+        """Show why a task has failed for good, and the frames in the user's files."""
+        reason = task.reason or ""
+        if is_url(task.input):  # it is the line's first word already
+            reason = reason.replace(without_password(task.input), "it")
+        frames = FRAMES.search(reason)
+        reason = reason[: frames.start()] if frames else reason
+        tries = f"{task.attempts} tries" if task.attempts > 1 else "1 try"
+        lines = frames[1].split("; ") if frames else []
+        self._say(
+            "\n    ".join([f"{self._name(task)}: {reason} ({tries})", *lines]), True
+        )
+
+    def _show_progress(self) -> None:
+        """Show what is new, and on a terminal a bar that fits it."""
+        central = self.central
+        with central.changed:
+            for task in central.sent.values():
+                self._show_printed(task)
+            failures = central.failures[self.shown_failures :]
+        for task in failures:
+            self._show_failure(task)
+            self.shown_failures += 1
+        if self.arguments.json_lines:
+            self._write_lines()
+        is_late = time.monotonic() - self.trouble_at > TROUBLE_PATIENCE
+        trouble = self.trouble if is_late else ""
+        if trouble and trouble != self.shown_trouble and not sys.stderr.isatty():
+            self._say(trouble)
+            self.shown_trouble = trouble
+        if not sys.stderr.isatty() or self.arguments.quiet:
+            return
+        done, total = central.counts()
+        rate = done / max(0.001, time.monotonic() - self.began)
+        bar = f"[{'#' * (20 * done // max(1, total)):<20}] "
+        line = f"{self._counts()}, {len(central.sent)} running, {rate:.1f}/s"
+        left = f", {duration((total - done) / rate)} left" if rate else ""
+        if trouble:
+            line, left = f"{self._counts()}: {trouble}", ""
+        width = shutil.get_terminal_size().columns - 1
+        forms = [bar + line + left, line + left, line]
+        line = next((form for form in forms if len(form) <= width), line[:width])
+        with self.lock:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def _write_lines(self) -> None:
+        """Write the lines of --json-lines for the inputs that are done."""
+        with self.central.changed:
+            by_input = self.central.by_input
+            ended = [
+                n for n, of in by_input.items() if all(task.is_over for task in of)
+            ]
+            lists = {number: by_input.pop(number) for number in ended}
+        for number, tasks in lists.items():
+            line: Json = {"input": None if number < 0 else self.names[number]}
+            reasons = [task.reason for task in tasks if task.reason is not None]
+            tasks.sort(key=lambda task: task.place)
+            if reasons:
+                line["error"] = reasons[0]
+            elif tasks[0].status == SPLITTING:
+                line["output"] = [task.output for task in tasks[1:]]
+            else:
+                line["output"] = tasks[0].output
+            self._print(line)
+
+    def _print(self, value: Any) -> None:
+        if self.file:
+            self.file.write(json_line(value))
+            self.file.flush()
+            return
+        is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+        with self.lock:
+            clear = "\r\033[K" if sys.stderr.isatty() else ""
+            print(clear, end="", file=sys.stderr, flush=True)
+            print(json.dumps(value, ensure_ascii=not is_utf8), flush=True)
+
     def _write(self, outputs: list[Any]) -> None:
         path = self.arguments.output
         self.is_over = False  # the reader of a pipe may never come
         if path is None:
-            is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-            return print(json.dumps(outputs, ensure_ascii=not is_utf8))
+            return self._print(outputs)
         try:
             with open(path, "wb") as file:
-                file.write(json.dumps(outputs, ensure_ascii=False).encode() + b"\n")
+                file.write(json_line(outputs))
         except OSError as error:
-            print(json.dumps(outputs))  # of hours, perhaps: here rather than nowhere
+            self._print(outputs)  # of hours, perhaps: here rather than nowhere
             reason = f"{error.strerror}; so the outputs are on standard output"
             raise CrowdError(f"--output {path}: {reason}") from None
-
-    def _wait(self) -> None:
-        """Wait for the end of the job; start the node, again if it dies."""
-        central, starts = self.central, 0
-        while not central.finished.wait(0.05 if starts else 0):
-            self._show_progress()
-            if self.arguments.fail_fast and central.failures:
-                break
-            if self.node and self.node.poll() is None:
-                continue
-            status = self.node.returncode if self.node else 0
-            if starts == 5 or (status > 0 and not central.was_known):
-                raise CrowdError(f"the node does not run:\n{self._log_tail()}")
-            starts += 1
-            with open(self.log_path, "ab") as output:
-                self.node = subprocess.Popen(
-                    [PYTHON, PROGRAM, ATTENDED_FLAG, "--config", self.config_path],
-                    stdin=subprocess.PIPE,  # its end tells the node to stop
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,  # Ctrl-C comes here, and we stop the node
-                )
-        self._show_progress()
-        if central.failures:  # tracebacks help whoever tests an action
-            for line in self._log_tail().splitlines():
-                if " output: " in line:
-                    self._say(line)
-        self._say(self._counts())
-
-    def _counts(self) -> str:
-        central = self.central
-        done = central.total - len(central.pending) - len(central.sent)
-        return f"{done} of {central.total} done, {len(central.failures)} failed"
-
-    def _show_progress(self) -> None:
-        """Print new failures, and on a terminal a bar."""
-        central = self.central
-        for task in central.failures[self.shown :]:
-            input = self.arguments.inputs[task.place[0]]
-            name = "merge" if task is central.merged else input
-            self._say(f"{name}: {task.reason}", always=True)
-            self.shown += 1
-        if not sys.stderr.isatty() or self.arguments.quiet:
-            return
-        running = len(central.sent)
-        done = central.total - len(central.pending) - running
-        bar = "#" * (20 * done // max(1, central.total))
-        rate = done / max(0.001, time.monotonic() - self.began)
-        left = f", {ago((central.total - done) / rate)} left" if rate else ""
-        counts = f"{self._counts()}, {running} running, {rate:.1f}/s{left}"
-        print(f"\r\033[K[{bar:<20}] {counts}", end="", file=sys.stderr, flush=True)
 
     def _say(self, sentence: str, always: bool = False) -> None:
         """Print a line, in the place of the bar; with --quiet only if *always*."""
         clear = "\r\033[K" if sys.stderr.isatty() else ""
         if always or not self.arguments.quiet:
-            print(f"{clear}{sentence}", file=sys.stderr)
-
-    def _log_tail(self) -> str:
-        return read_file(self.log_path, OUTPUT_TAIL).decode("utf-8", "replace")
+            with self.lock:
+                print(f"{clear}{sentence}", file=sys.stderr, flush=True)
 
     def _clean_up(self) -> None:
         """Leave no process and no file, however impatient the user is."""
@@ -5185,29 +5718,10 @@ class LocalRun:
             except subprocess.TimeoutExpired:
                 self.node.kill()
                 self.node.wait()
-            if self.node.stdin:
-                self.node.stdin.close()
+            for pipe in (self.node.stdin, self.node.stdout, self.node.stderr):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def write_config(config: Config, path: str) -> None:
-    """Write *config* so that load_config() reads the same."""
-
-    def line(name: str, value: Any) -> str:
-        if value is None or isinstance(value, bool):
-            value = {None: "", True: "yes", False: "no"}[value]
-        elif isinstance(value, list):
-            value = " ".join(value)
-        elif isinstance(value, float):
-            value = f"{value:f}"  # not 1e-05
-        return f"{name} = {value}"
-
-    lines = ["[node]", *(line(name, getattr(config, name)) for name in NODE_KEYS)]
-    for action, values in config.actions.items():
-        lines += [f"[action {action}]", *(line(*item) for item in values.items())]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
 
 
 def check_output(path: str) -> None:
@@ -5240,6 +5754,7 @@ def input_of(argument: str) -> str:
 
 WEDGED_AFTER = 30  # seconds without a heartbeat until --daemon replaces a node
 HEARTBEAT_DEADLINE = 2  # seconds
+RELOAD_DEADLINE = 300  # seconds
 
 
 def run_node(
@@ -5267,7 +5782,8 @@ def run_node(
         log_problems(("warning", text) for text in preflight_warnings(config))
         server = listen(config, lock.earlier.get("port") or 0, listener)
         port, is_inherited = int(server.server_address[1]), listener is not None
-        node = Node(config, port, lock, load, server.finish, is_inherited)
+        is_attended: bool = arguments.attended
+        node = Node(config, port, lock, load, server.finish, is_inherited, is_attended)
         server.node = node
         lock.write(port=port, others=sorted(node.others))
         start_thread(server.serve_forever)
@@ -5279,7 +5795,8 @@ def run_node(
     except (CrowdError, OSError, RuntimeError) as error:
         if not isinstance(error, CrowdError):
             error = CrowdError(f"can't start: {error}")
-        log.error("%s", error)
+        if arguments.daemon:  # in the foreground main() says it
+            log.error("%s", error)
         raise error from None
     finally:
         if node and node.fork_server:
@@ -5297,8 +5814,10 @@ def listen(config: Config, earlier: int, listener: int | None) -> NodeServer:
     try:
         return NodeServer(config, config.port, listener)
     except OSError as error:
-        hint = "; another program has it: choose another with --port"
-        hint = hint if error.errno == errno.EADDRINUSE else ""
+        hint = ""
+        if error.errno == errno.EADDRINUSE:
+            other = "another program has it: choose another with --port"
+            hint = f"; {other_node(config) or other}"
         where = f"{config.bind} port {config.port}"
         raise CrowdError(f"can't listen on {where}: {error.strerror}{hint}") from None
 
@@ -5311,7 +5830,6 @@ def execute_new_version(
     Signals are blocked until the new version handles them.  Raises OSError."""
     command = [PYTHON, PROGRAM, *config.arguments()]
     command += ["--daemon"] if arguments.daemon else []
-    command += [ATTENDED_FLAG] if arguments.attended else []
     command.append(INHERIT_FLAG)
     for descriptor in (lock.descriptor, server.fileno()):
         os.set_inheritable(descriptor, True)
@@ -5381,6 +5899,9 @@ def run_in_background(
         if message or not status:
             message = message or f"the node died; see {config.state_file('node.log')}"
             print(f"crowdnode: {message}", file=sys.stderr)
+        elif sys.stdout.isatty():
+            page = f"http://{local_host(config)}:{lock.read().get('port')}/"
+            print(f"page: {page}\nlog:  {config.state_file('node.log')}")
         return int(status or EXIT_FAILED)
     os.close(reader)
     os.setsid()
@@ -5412,7 +5933,7 @@ def signal_node(lock: NodeLock, number: int) -> int:
     Raises NotRunning, and CrowdError where it can't be signalled."""
     holder = lock.holder()
     if not holder:
-        raise NotRunning("no node runs here")
+        raise not_running(lock.config)
     pid = int(holder.get("pid") or 0)
     if not is_same_process(pid, float(holder.get("started") or 0), holder):
         raise CrowdError(
@@ -5446,28 +5967,81 @@ def end_node(lock: NodeLock, patience: float) -> None:
 def ask_node(lock: NodeLock, path: str) -> tuple[int, str] | None:
     """GET *path* from the node that runs here; return status and body, None without an
     answer."""
-    config, port = lock.config, lock.read().get("port")
-    if not port:
-        return None
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)
+    port = lock.read().get("port")
+    return get_from_node(lock.config, port, path)[:2] if port else None
+
+
+def local_host(config: Config) -> str:
+    """Return the address at which this machine reaches a node's ``bind``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)
+
+
+def get_from_node(config: Config, port: int, path: str) -> Any:
+    """GET *path* from *port* here; return status, body and header Server, an empty
+    tuple without an answer."""
     headers = {}
     if config.http_authentication:
         headers["Authorization"] = basic_credentials(config)
+    host = local_host(config)
     connection = http.client.HTTPConnection(host, port, timeout=HEARTBEAT_DEADLINE)
     with contextlib.closing(connection):
         try:
             connection.request("GET", path, headers=headers)
             reply = connection.getresponse()
-            return reply.status, reply.read().decode()
+            return reply.status, reply.read().decode(), reply.headers["Server"]
         except (OSError, ValueError, http.client.HTTPException):
-            return None
+            return ()
+
+
+def other_node(config: Config) -> str | None:
+    """Return a sentence about another user's node, or one with another state_path, that
+    answers on our port; None where there is none."""
+    answer = get_from_node(config, config.port, "/heartbeat") if config.port else ()
+    if not answer or answer[2] != SERVER_NAME:
+        return None
+    user, where = os.geteuid(), f"answers on port {config.port}"
+    with contextlib.suppress(OSError):  # Linux alone; see proc(5)
+        for family in ("tcp", "tcp6"):
+            for line in read_file(f"/proc/net/{family}").decode().splitlines():
+                words = line.split()
+                if words[1].endswith(f":{config.port:04X}") and words[3] == "0A":
+                    user = int(words[7])
+    if user == os.geteuid():
+        return f"a node with another state_path {where}: see --config and --set"
+    import pwd
+
+    name = str(user)
+    with contextlib.suppress(KeyError):
+        name = pwd.getpwuid(user).pw_name
+    return f"a node of user {name} {where}: sudo -u {name} {PYTHON} {PROGRAM} --status"
+
+
+def not_running(config: Config) -> NotRunning:
+    """Return the error for a node that is needed and does not run."""
+    other = other_node(config)
+    return NotRunning("no node runs here" + (f", but {other}" if other else ""))
+
+
+def reload_node(config: Config) -> int:
+    """Have the node reload, wait, and print what came of it (--reload)."""
+    lock = NodeLock(config)
+    before, pid = lock.read().get("reload"), signal_node(lock, signal.SIGHUP)
+    deadline = time.monotonic() + RELOAD_DEADLINE
+    while time.monotonic() < deadline:
+        holder = lock.holder()
+        if not holder or holder.get("pid") != pid:
+            raise CrowdError(f"the node has ended; see {config.state_file('node.log')}")
+        note = holder.get("reload")
+        if note and note != before:
+            print(note["said"], file=sys.stdout if note["is_done"] else sys.stderr)
+            return EXIT_OK if note["is_done"] else EXIT_FAILED
+        time.sleep(0.05)
+    raise CrowdError(f"process {pid} has not reloaded for {RELOAD_DEADLINE} s")
 
 
 # ---------------------------------------------------------------------------
 # Command line.
 # ---------------------------------------------------------------------------
-
-RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 # Classes of Ruby's core and library, and of what central loads.  An action of such a
 # name breaks every action: "superclass mismatch".  Source: central.md.
@@ -5490,7 +6064,7 @@ def show_status(config: Config, as_json: bool) -> int:
     lock = NodeLock(config)
     holder, answer = lock.holder(), ask_node(lock, "/status")
     if not holder:
-        raise NotRunning("no node runs here")
+        raise not_running(config)
     code, text = answer or (None, "")
     if code != 200:
         how = {None: "does not answer", 403: "answers 403: allow leaves 127.0.0.1 out"}
@@ -5500,22 +6074,8 @@ def show_status(config: Config, as_json: bool) -> int:
     if as_json:
         print(text)
         return EXIT_OK
-    status = json.loads(text)
-    where = f"{status['host']}:{status['port']}, process {status['pid']}"
-    about = f"version {status['version']}, up {ago(status['uptime'])}"
-    rows = [("node", f"{where}, {about}", ""), *facts(status, {})]
-    rows.append(("unreported", str(status["unreported"]), ""))
-    for unit in status["running"]:
-        of = f"unit {unit['id']:<8} {unit['action']:<16} {unit['stage']:<8}"
-        since = ago(unit["seconds"])
-        rows.append(("", f"{of} process {unit['pid'] or '':<8} {since}", ""))
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    colours = {"good": GREEN, "bad": RED} if in_colour else {}
-    for name, text, mood in rows:
-        if text and mood in colours:
-            text = f"{colours[mood]}{text}{PLAIN}"
-        if text:
-            print(f"{name:<11}{text}")
+    print(status_text(json.loads(text), in_colour), end="")
     return EXIT_OK
 
 
@@ -5584,15 +6144,31 @@ def check(config: Config) -> int:
         lines.append(("error", f"action {name}: {ruby_problem(name)}"))
     actions = ("ok", f"actions: {', '.join(names)}")
     lines.append(actions if names else ("error", "no action"))
+    places = [PROGRAM, *loader.paths, config.actions_path if loader.paths else PROGRAM]
+    for place in sorted(set(filter(None, map(find_insecure, places)))):
+        danger = f"others can write to {place}, and so have this node run their code"
+        lines.append(("warning", f"{danger}: chmod go-w {place}"))
+    lock = NodeLock(config)
     try:
         prepare_directories(config)
         check_storage(config)
         lines.append(("ok", f"directories: {config.state_path}"))
         lines += [("warning", text) for text in preflight_warnings(config)]
+        if lock.holder() and ask_node(lock, "/heartbeat"):
+            lines.append(("ok", f"port: this node runs, on {lock.read().get('port')}"))
+        else:
+            lock.lock_work()
+            listen(config, 0, None).server_close()
+            lines.append(("ok", f"port: {config.bind} port {config.port} is free"))
     except CrowdError as error:
         lines.append(("error", str(error)))
     warnings = [("warning", text) for text in host_warnings(config)]
     lines += warnings or [("ok", f"host: {config.host} resolves")]
+    is_local = ipaddress.ip_address(config.bind).is_loopback
+    if not is_local and not config.http_authentication and not config.allow:
+        danger = "anybody who reaches it can send units and read results"
+        remedy = "set http_authentication, or allow"
+        lines.append(("warning", f"bind = {config.bind}: {danger}: {remedy}"))
     lines += check_central(config)
     for level, sentence in lines:
         print(f"{'ok' if level == 'info' else level}: {sentence}")
@@ -5629,9 +6205,11 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
     """Do a job here and print its outputs (--run)."""
     inputs, options = arguments.inputs, arguments.options or "{}"
     if "-" in inputs:
-        lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        with open(0, "rb", closefd=False) as file:  # names may be in any encoding
+            data = re.sub(rb"\A\xef\xbb\xbf", b"", file.read())
+        lines = [line.rstrip("\r") for line in os.fsdecode(data).split("\n")]
         place = inputs.index("-")
-        inputs[place : place + 1] = lines
+        inputs[place : place + 1] = [line for line in lines if line.strip()]
     if not inputs:
         raise UsageError("--run: needs at least one INPUT")
     try:
@@ -5640,6 +6218,9 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
         raise UsageError(f"--options {options}: is not JSON: {error}") from None
     if not isinstance(arguments.options, dict):
         raise UsageError(f"--options {options}: must be a JSON object")
+    if arguments.output is not None:
+        check_output(arguments.output)
+    arguments.names = [without_password(item) for item in inputs]
     if not arguments.strings:
         arguments.inputs = [input_of(item) for item in inputs]
     return LocalRun(config, arguments).run()
@@ -5661,6 +6242,7 @@ OPTIONS = (
     ("--port", "", "N", "the same as --set port=N"),
     ("--options", "run", "JSON", "the options of the job"),
     ("--output", "run", "FILE", "where the outputs go instead of standard output"),
+    ("--json-lines", "run", "", "a line of JSON for each input, when it is done"),
     ("--strings", "run", "", "inputs are strings"),
     ("--quiet", "run", "", "no progress"),
     ("--fail-fast", "run", "", "stop at the first input that fails"),
@@ -5729,6 +6311,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         add(options, name, takes, f"with --{goes_with}: {does}" if goes_with else does)
     options.add_argument(INHERIT_FLAG, nargs=2, type=int, help=hidden)
 
+    commands = [name for name, _, _ in COMMANDS]
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_intermixed_args(argv[:end])
     arguments.inputs += argv[end + 1 :]
@@ -5737,7 +6320,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if goes_with and is_given and not getattr(arguments, goes_with):
             parser.error(f"{name} goes with --{goes_with}")
     if arguments.inputs and not arguments.run:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}")
+        word = f"--{arguments.inputs[0]}".replace("--start", "--daemon")
+        hint = f"; did you mean {word}?" if word in dict.fromkeys(commands) else ""
+        parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}{hint}")
     return arguments
 
 
@@ -5758,17 +6343,27 @@ def find_config(given: str | None) -> str | None:
         return os.path.abspath(given) if given else None
     for directory in (".", os.path.dirname(PROGRAM)):  # the former may be gone
         path = os.path.join(directory, "crowdnode.conf")
-        if os.path.exists(path):
-            return os.path.abspath(path)
+        with contextlib.suppress(OSError):
+            if directory != "." or os.stat(path).st_uid in (0, os.geteuid()):
+                return os.path.abspath(path) if os.path.exists(path) else None
     return None
 
 
 def dispatch(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for.  Raises CrowdError."""
     path, settings = find_config(arguments.config), parse_settings(arguments)
+    asks = arguments.stop or arguments.status or arguments.reload
+    if arguments.run is not None:
+        settings.append(("host", "127.0.0.1"))  # whatever this machine is called
+
+    asks = asks and not arguments.inherit  # a new version must understand it all
+    values: Json = {}
+    if arguments.attended:
+        with open(0, "rb", 0, closefd=False) as file:
+            values = json.loads(file.readline())
 
     def load() -> Config:
-        return load_config(path, settings)
+        return Config(dict(values)) if values else load_config(path, settings, asks)
 
     config = load()
     if arguments.daemon and not arguments.inherit:
@@ -5777,8 +6372,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         end_node(NodeLock(config), config.drain_time + CHECK_OUT_TIMEOUT + TERM_GRACE)
         return EXIT_OK
     if arguments.reload:
-        signal_node(NodeLock(config), signal.SIGHUP)
-        return EXIT_OK
+        return reload_node(config)
     if arguments.status:
         return show_status(config, arguments.json)
     if arguments.check:
@@ -5790,8 +6384,12 @@ def dispatch(arguments: argparse.Namespace) -> int:
     return run_in_foreground(config, load, arguments)
 
 
-def open_standard_descriptors() -> None:
-    """Where 0, 1 or 2 is closed, what is opened first would get its number."""
+def tidy_process() -> None:
+    """Undo what a careless parent may have left.
+
+    Without descriptors 0 to 2 the next files would get these numbers, and with SIGCHLD
+    ignored no child can be waited for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     descriptor = 0
     while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
@@ -5799,12 +6397,14 @@ def open_standard_descriptors() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError):  # a test's own stream
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.  Returns the exit status."""
     try:
-        open_standard_descriptors()
+        tidy_process()
         status = dispatch(parse_arguments(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status

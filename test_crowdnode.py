@@ -47,6 +47,7 @@ import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from typing import Any, Callable, Dict, Iterator, Optional
 
 import crowdnode
@@ -181,24 +182,43 @@ def web_server(answer: Callable[[Any], None]) -> Iterator[str]:
 
 
 PACKED = gzip.compress(b"unpacked text")
+BARE = zlib.compress(b"unpacked text")[2:-4]  # deflate without zlib's head and end
+CHUNKED = {"Transfer-Encoding": "chunked", "Content-Length": "99"}
 WEB: dict[str, tuple[int, dict[str, str], bytes]] = {
     "/plain.txt?x=1": (200, {}, b"plain text"),
     "/packed.txt": (200, {"Content-Encoding": "gzip"}, PACKED),
     "/moved": (302, {"Location": "/plain.txt?x=1"}, b""),
+    "/moved-308": (308, {"Location": "/plain.txt?x=1"}, b""),
     "/loop": (302, {"Location": "/loop"}, b""),
     "/short": (200, {"Content-Length": "100"}, b"short"),
     "/broken.gz": (200, {"Content-Encoding": "gzip"}, PACKED[:-4]),
     "/slow.txt": (200, {}, b"slow text"),
     "/odd.gz": (200, {"Content-Encoding": "gzip"}, b"not packed at all"),
+    "/members": (200, {"Content-Encoding": "gzip"}, PACKED + PACKED),
+    "/x-gzip": (200, {"Content-Encoding": "x-gzip"}, PACKED),
+    "/both": (200, {"Content-Encoding": "gzip, identity"}, PACKED),
+    "/empty": (200, {"Content-Encoding": "gzip"}, b""),
+    "/deflate": (200, {"Content-Encoding": "deflate"}, zlib.compress(b"unpacked text")),
+    "/bare": (200, {"Content-Encoding": "deflate"}, BARE),
+    "/bare-cut": (200, {"Content-Encoding": "deflate"}, BARE[:-4]),
+    "/brotli": (200, {"Content-Encoding": "br"}, b"?"),
+    "/chunked": (200, CHUNKED, b"3\r\nun\x20\r\n6\r\npacked\r\n0\r\n\r\n"),
+    "/early": (200, {}, b"after 103"),
+    "/secret": (200, {}, b"for me"),
 }
 
 
 def answer_as_the_web(handler: Any) -> None:
-    """What the web has: packed, moved, missing, slow, broken, silent."""
+    """What the web has: packed, moved, missing, slow, broken, silent, secret."""
     if handler.path == "/never":
         handler.rfile.read(1)  # until the other side has had enough
         return
     status, headers, body = WEB.get(handler.path, (404, {}, b""))
+    if handler.path == "/early":
+        handler.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+    given = handler.headers.get("Authorization", "").partition(" ")[2]
+    if handler.path == "/secret" and base64.b64decode(given) != b"me:p@ss":
+        status = 401
     handler.send_response(status)
     for key, value in {"Content-Length": str(len(body)), **headers}.items():
         handler.send_header(key, value)
@@ -528,7 +548,9 @@ class NodeProcess:
     @property
     def fork_server(self) -> int:
         """Its pid."""
-        return int(self.status()["fork_server"]["pid"])
+        return int(
+            wait_for(lambda: self.status()["fork_server"]["pid"], "a fork server")
+        )
 
     def settled(self) -> None:
         """Wait until no unit is left."""
@@ -880,6 +902,8 @@ central_server = http://a:b@c: must not hold a password
 storage = cloudfiles: must be filesystem
 storage = s3: needs s3_bucket too
 time_limit = 0: must be a number from 0.1
+time_limit = 10x: must be a number from 0.1
+memory_limit = 5m: must be a number from 1 to 1000000 MB, such as 500M or 2G
 s3_bucket = a/b: must be 3 to 63 letters
 aws_access_key = a b: must be ASCII without blanks
 state_path = ~nobody-at-all/x: there is no such home directory
@@ -928,22 +952,24 @@ class Configuration(CrowdTest):
         self.assertEqual(in_actions, set(crowdnode.ACTION_KEYS))
         self.assertEqual(crowdnode.load_config(sample, []).port, crowdnode.DEFAULT_PORT)
 
-    def test_paths_start_at_the_file_and_what_is_written_is_read_again(self) -> None:
+    def test_paths_start_at_the_file_and_times_and_sizes_have_units(self) -> None:
         base = self.directory()
         path = os.path.join(base, "crowdnode.conf")
         with open(path, "w") as file:
             file.write("[node]\nstate_path = s\nactions_path = a\n")
-            file.write("[action x]\nstages = process merge\ntime_limit = 1.5\n")
+            file.write("[action x]\nstages = process merge\ntime_limit = 1.5m\n")
         os.mkdir(os.path.join(base, "a"))
-        settings = [("max_load", "2.5"), ("allow", "10.0.0.0/8 ::1"), ("tag", "#;%c")]
+        settings = [("drain_time", "2h"), ("memory_limit", "2G"), ("file_limit", "1.5")]
+        settings += [("time_limit", "1d"), ("min_free_memory", "500M")]
         config = crowdnode.load_config(path, settings)
+        keys = ("drain_time", "memory_limit", "file_limit", "time_limit")
+        values = [getattr(config, key) for key in (*keys, "min_free_memory")]
+        self.assertEqual(values, [7200, 2048, 1.5, 86400, 500])
+        self.assertEqual(config.limit("x", "time_limit"), 90)
         self.assertEqual(config.actions_path, os.path.join(base, "a"))
         self.assertEqual(config.temp_storage_path, os.path.join(base, "s", "work"))
         done = run_program("--check", cwd=base)
         self.assertIn(f"ok: configuration: {path}", done.stdout)
-        crowdnode.write_config(config, path)
-        vars(config)["settings"] = []  # they are in the file now
-        self.assertEqual(vars(crowdnode.load_config(path, [])), vars(config))
 
 
 # ---------------------------------------------------------------------------
@@ -1205,7 +1231,7 @@ class CodeNode(SharedNode):
     """A node that has the action ``coded``."""
 
     options = {
-        "actions": {**ACTIONS, "coded.py": CODE, "shell.sh": SHELL, "bare": "echo x"},
+        "actions": {**ACTIONS, "coded.py": CODE, "shell.sh": SHELL},
         "action coded": "nice = 7",
         "action sleeper": "time_limit = 1",
         "action shell": "stages = split process merge",
@@ -1276,19 +1302,36 @@ class Actions(CodeNode):
                 ("/plain.txt?x=1", ["plain.txt", "plain", "plain text"]),
                 ("/packed.txt", ["packed.txt", "packed", "unpacked text"]),
                 ("/moved", ["moved", "moved", "plain text"]),
+                ("/moved-308", ["moved-308", "moved-308", "plain text"]),
                 ("/slow.txt", ["slow.txt", "slow", "slow text"]),
+                ("/members", ["members", "members", 2 * "unpacked text"]),
+                ("/x-gzip", ["x-gzip", "x-gzip", "unpacked text"]),
+                ("/both", ["both", "both", "unpacked text"]),
+                ("/empty", ["empty", "empty", ""]),
+                ("/deflate", ["deflate", "deflate", "unpacked text"]),
+                ("/bare", ["bare", "bare", "unpacked text"]),
+                ("/chunked", ["chunked", "chunked", "un packed"]),
+                ("/early", ["early", "early", "after 103"]),
             ):
                 outcome = self.do(FETCH, base + path)
                 self.assertEqual(outcome, ("succeeded", wanted))
             for path, reason in (
                 ("/missing", "HTTP Error 404"),
-                ("/short", "only 5 of 100 bytes came"),
-                ("/broken.gz", "the compressed file is cut short"),
-                ("/odd.gz", "error: Error -3"),
+                ("/short", "it is cut short: 95 bytes are missing"),
+                ("/broken.gz", "Compressed file ended before the end-of-stream"),
+                ("/bare-cut", "the compressed file is cut short"),
+                ("/odd.gz", "Not a gzipped file"),
+                ("/brotli", "it is sent with Content-Encoding: br"),
                 ("/loop", "HTTP Error 302"),
             ):
                 outcome = self.do(FETCH, base + path)
                 self.failed(outcome, f"can't download {base}{path}: {reason}")
+            own = base.replace("//", "//me:p%40ss@")
+            wanted = ["secret", "secret", "for me"]
+            self.assertEqual(self.do(FETCH, f"{own}/secret"), ("succeeded", wanted))
+            outcome = self.do(FETCH, f"{own}/missing")
+            self.failed(outcome, f"can't download {base}/missing: HTTP Error 404")
+            self.assertNotIn("p%40ss", self.shared.log() + str(self.shared.status()))
             outcome = self.outcome("sleeper", f"{base}/never")
             self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
 
@@ -1339,7 +1382,6 @@ class Actions(CodeNode):
             (self.outcome("shell", "fail"), "first line\nit broke (exit status 3)"),
             (self.outcome("shell", "die"), "shell.sh (killed by SIGKILL; perhaps the"),
             (self.outcome("shell", "bytes"), "standard output is not UTF-8"),
-            (self.outcome("bare"), "it needs a first line such as #!/bin/sh"),
         ):
             self.failed(outcome, reason)
 
@@ -1353,7 +1395,7 @@ def double(number):
 
 class Spawning(Action):
     def process(self):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with multiprocessing.get_context(self.input).Pool(1) as pool:
             return pool.map(double, [1, 2])
 """
 THREADED = f"""
@@ -1372,7 +1414,15 @@ LEFT_OUT = {  # actions, each with the reason
     "leaves.py": ("exit(3)", "SystemExit: 3 (leaves.py, line 1, in <module>)"),
     "twice.sh": ("#!/bin/sh\necho from shell", ""),
     "bad-name.py": (ECHO, "its name must be letters"),
-}
+    "given.py": (ECHO.replace("(self)", "(self, input)"),
+                 "ImportError: process(self, input) must be process(self): the"),
+    "selfless.py": (ECHO.replace("(self)", "()"),
+                    "ImportError: process() must be process(self)"),
+    "bare.sh": ("echo no first line", "it needs a first line such as #!/bin/sh"),
+    "lost.sh": ("#!/no/such/program -x\n", "its interpreter /no/such/program -x does"),
+    "windows.sh": ("#!/bin/sh\r\necho\r\n",
+                   "its first line asks for '/bin/sh\\r', as Windows ends it: sed -i"),
+}  # fmt: skip
 
 
 class Loading(CrowdTest):
@@ -1409,6 +1459,8 @@ class Loading(CrowdTest):
         actions = ["echo", "pieces", "sleeper", "waiter", "word_count"]
         self.assertEqual(node.status()["actions"], actions)
         self.assertEqual(node.do(unit(action="word_count")), ("succeeded", 42))
+        replaces = "word_count.py replaces the built-in action word_count"
+        self.assertEqual(node.said(replaces), 1)
         self.assertEqual(node.said("disabled_actions: there is no action nosuch"), 1)
         self.assertEqual(node.said("[action absent]: there is no action absent"), 1)
         self.assertIn("no action named broken", node.do(unit(2, "broken"))[1])
@@ -1432,8 +1484,9 @@ class Loading(CrowdTest):
 
     def test_processes_that_an_action_spawns_find_its_functions(self) -> None:
         node = self.node(actions={"spawning.py": SPAWNING})
-        outcome = node.do(unit(1, "spawning"))
-        self.assertEqual(outcome, ("succeeded", [2, 4]))
+        for method in ("spawn", "forkserver"):
+            outcome = node.do(unit(method, "spawning", method))
+            self.assertEqual(outcome, ("succeeded", [2, 4]))
 
     def test_signals_that_a_module_or_the_parent_blocks_are_noticed(self) -> None:
         """Without the monitor, which would notice the workers' ends as well."""
@@ -1461,7 +1514,7 @@ signal.set_wakeup_fd(-1)
 class BuiltIn(CrowdTest):
     """CloudCrowd's own, with shell scripts in the place of their programs."""
 
-    def built_in(self, action: str, *inputs: str, **options: Any) -> Any:
+    def built_in(self, action: str, *inputs: Any, **options: Any) -> Any:
         """Run a job of *action*."""
         path = self.programs(
             pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
@@ -1505,13 +1558,28 @@ class BuiltIn(CrowdTest):
         wanted = [*small, "LICENSE/text/full/LICENSE.txt", *pages]
         self.assertEqual(sorted(files), wanted)
 
+    def test_pdfs_of_the_same_name_stay_apart_and_keep_their_names(self) -> None:
+        names = ["d1/r.pdf", "d2/R.pdf", "a b.pdf", "a-b.pdf", "\xe9.pdf", "\u4e2d.pdf"]
+        place, paths = self.directory(), []
+        for name in names:
+            paths.append(os.path.join(place, name))
+            os.makedirs(os.path.dirname(paths[-1]), exist_ok=True)
+            shutil.copyfile(os.path.join(HERE, "LICENSE"), paths[-1])
+        done = self.built_in("process_pdfs", *paths, paths[0], batch_size=2)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        (url,) = json.loads(done.stdout)
+        with tarfile.open(crowdnode.local_path(url)) as archive:
+            files = [item.name for item in archive if "/full/" in item.name]
+        wanted = ["r", "R-2", "a-b", "a-b-2", "\xe9", "\u4e2d", "r-3"]
+        self.assertEqual(
+            sorted(files), sorted(f"{name}/text/full/{name}.txt" for name in wanted)
+        )
+
     def test_a_wrong_job_fails_with_a_sentence(self) -> None:
         def steps(**more: Any) -> dict[str, Any]:
             step = {"name": "a", "command": "convert", "extension": "gif", **more}
             return {"steps": [step]}
 
-        alike = os.path.join(self.directory(), "LICENSE")
-        shutil.copyfile(os.path.join(HERE, "LICENSE"), alike)
         image = {"name": "10000", "extension": "gif"}
         for message, action, inputs, options in (
             ("is not an earlier step", "graphics_magick", [], steps(input=["c"])),
@@ -1519,7 +1587,6 @@ class BuiltIn(CrowdTest):
             ("No closing quotation", "graphics_magick", [], steps(options="'")),
             ("10000 looks like a page's", "process_pdfs", [], {"images": [image]}),
             ("must be 1 or more, not 0", "process_pdfs", [], {"batch_size": 0}),
-            ("have the same name: LICENSE_00001.txt", "process_pdfs", [alike], {}),
         ):
             done = self.built_in(action, "LICENSE", *inputs, **options)
             self.assertEqual(done.returncode, 1, message)
@@ -1709,7 +1776,7 @@ class Misbehaviour(CrowdTest):
         node.kill()
         os.kill(fork_server, signal.SIGKILL)
         node.start()
-        wait_for(lambda: node.status()["uptime"] > 0.5, "some ticks")
+        wait_for(lambda: node.status()["uptime_seconds"] > 0.5, "some ticks")
         self.assertEqual(node.central.reports(1), [])
         open(go, "w").close()
         self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
@@ -1943,6 +2010,16 @@ class Client(CrowdTest):
 
 
 class Surroundings(CrowdTest):
+    def test_the_machines_own_name_is_checked_like_a_given_one(self) -> None:
+        for name in ("my host", "M\xdcLLER-PC", ""):
+            with unittest.mock.patch("socket.gethostname", lambda name=name: name):
+                with self.assertRaisesRegex(
+                    crowdnode.UsageError, r"host: this machine"
+                ):
+                    crowdnode.load_config(None, [])
+                config = crowdnode.load_config(None, [("host", "10.0.0.1")])
+                self.assertEqual(config.host, "10.0.0.1")
+
     def test_a_host_name_that_central_can_not_dial_is_warned_of(self) -> None:
         for host, warning in (
             (
@@ -2008,10 +2085,10 @@ class Tools(CrowdTest):
         node = self.node(env=env, max_load=2.5)
         check_ins = node.central.check_ins
         self.assertEqual(check_ins()[0]["busy"], "true")
-        self.assert_refused(node, "7.50 load average, max_load is 2.5")
+        self.assert_refused(node, "the load average is 7.50, max_load is 2.5")
         page = node.get("/")[2].decode()
-        self.assertRegex(page, r"refused for [\d.]+ s: 7.50 load average, max_load is")
-        self.assertIn("<dt>Load</dt><dd>7.50, max 2.5", page)
+        self.assertIn("the load average is 7.50, max_load is 2.5", page)
+        self.assertIn("refusing", page)
         open(os.path.join(env["D"], "calm"), "w").close()
         wait_for(lambda: len(check_ins()) == 2, "a check-in at its end")
         self.assertEqual(check_ins()[1]["busy"], "false")
@@ -2022,7 +2099,8 @@ class Tools(CrowdTest):
         keys = ("min_free_memory", "min_available_memory")
         node = self.node(None, **dict.fromkeys(keys, 999999))
         for key in keys:
-            self.assertIn(f"MB of memory, {key} is 999999", node.status()["reason"])
+            reason = node.status()["reason"]
+            self.assertRegex(reason, rf"\d MB of memory are \w+, {key} is 999999")
         self.assertEqual(node.post(unit(99))[0], 503)
         node.write_config(**dict.fromkeys(keys, 1))
         node.run("--reload")
@@ -2072,11 +2150,49 @@ class Tools(CrowdTest):
             self.assertEqual(stat.S_IMODE(os.stat(root).st_mode), 0o700, root)
         os.kill(node.daemon_pid, signal.SIGCONT)
 
+    def test_a_log_that_cannot_be_rotated_goes_on_and_says_so(self) -> None:
+        node = self.prepared(constants={"LOG_SIZE": 2000, "LOGS_KEPT": 1})
+        os.makedirs(node.path("state", "node.log.1", "in the way"), 0o700)
+        self.assertEqual(node.run("--daemon").returncode, 0)
+        for id in range(25):
+            node.do(unit(id))
+        self.assertTrue(0 < node.said("error: can't rotate") < 4)
+        self.assertEqual(node.said("unit 24 (echo, process, job 1, x): started"), 1)
+
+    def test_a_lock_file_that_is_deleted_is_made_anew(self) -> None:
+        node = self.daemon()
+        pid, path = node.daemon_pid, node.path("state", "node.pid")
+        os.unlink(path)
+        wait_for(lambda: os.path.exists(path), "another lock file")
+        wait_for(lambda: node.run("--status").returncode == 0, "its node")
+        self.assertEqual(node.daemon_pid, pid)
+        self.assertEqual(node.said("was deleted under this node"), 1)
+
 
 class Vitals(CrowdTest):
+    def test_processors_are_those_of_affinity_and_quota(self) -> None:
+        root, own = self.directory(), os.path.join(self.directory(), "cgroup")
+        count = crowdnode.processors(root, own)
+        self.assertEqual(count, len(os.sched_getaffinity(0)))
+        for groups, path, name, text, wanted in (
+            ("0::/a/b\n", "a", "cpu.max", "50000 100000", 1),
+            ("0::/a/b\n", "a/b", "cpu.max", "max 100000", 1),
+            ("0::/\n", "", "cpu.max", "9900000 100000", count),
+            ("3:cpu,cpuacct:/c\n", "cpu,cpuacct/c", "cpu.cfs_quota_us", "-1", count),
+            ("3:cpu,cpuacct:/c\n", "cpu,cpuacct", "cpu.cfs_quota_us", "100000", 1),
+        ):
+            os.makedirs(place := os.path.join(root, path), exist_ok=True)
+            for file, content in (
+                (own, groups), (f"{place}/{name}", text),
+                (f"{place}/cpu.cfs_period_us", "100000"),
+            ):  # fmt: skip
+                with open(file, "w") as target:
+                    target.write(content)
+            self.assertEqual(crowdnode.processors(root, own), wanted, (path, text))
+
     def test_texts_of_other_machines_are_parsed(self) -> None:
         vm_stat = "(page size of {} bytes)\nPages free:   130000.\nPages active: 9.\n"
-        for size, free in ((4096, 507.8125), (16384, 2031.25), ("odd", None)):
+        for size, free in ((4096, 532_480_000), (16384, 2_129_920_000), ("odd", None)):
             self.assertEqual(crowdnode.parse_vm_stat(vm_stat.format(size)), free)
         for text, load in (
             ("13:22:56 up 12 min,  0 users,  load average: 0.52, 0.58, 0.59", 0.52),
@@ -2087,14 +2203,14 @@ class Vitals(CrowdTest):
         meminfo = "MemTotal: 9 kB\nMemFree:  204800 kB\nMemAvailable:   409600 kB\n"
         free = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_MEMORY)
         available = crowdnode.parse_meminfo(meminfo, crowdnode.SCRAPE_LINUX_AVAILABLE)
-        self.assertEqual((free, available), (200, 400))
+        self.assertEqual((free, available), (200 << 20, 400 << 20))
         # A script stands in for vm_stat, which this machine lacks.
         text = r"(page size of 16384 bytes)\nPages free: 64000."
         path = self.programs(vm_stat=f"printf '{text}'") + os.environ["PATH"]
         darwin = unittest.mock.patch.object(sys, "platform", "darwin")
         with unittest.mock.patch.dict(os.environ, PATH=path), darwin:
             free = crowdnode.read_memory(crowdnode.SCRAPE_LINUX_MEMORY)
-        self.assertEqual(free, 1000.0)
+        self.assertEqual(free, 1000 << 20)
 
     def test_uptime_runs_in_the_c_locale_or_the_kernel_is_asked(self) -> None:
         script = '[ "$LC_ALL" = C ] && echo "13:00 0.42, 1.0" || echo "13.00 0,42 1,0"'
@@ -2103,7 +2219,7 @@ class Vitals(CrowdTest):
             with self.subTest(text):
                 env = {**self.fake_uptime(text), "LANG": "fi_FI.UTF-8"}
                 node = self.node(env=env, constants=constants)
-                wait_for(lambda: node.status()["uptime"] > 0.3, "some ticks")
+                wait_for(lambda: node.status()["uptime_seconds"] > 0.3, "some ticks")
                 self.assertEqual(node.said("uptime does not tell"), int(text != script))
                 load = node.status()["load_average"]
                 self.assertTrue(load == 0.42 if text == script else load >= 0, load)
@@ -2117,7 +2233,7 @@ class Vitals(CrowdTest):
 class ForkServers(CrowdTest):
     def test_a_child_that_a_thread_waits_for_is_not_taken_for_a_stray(self) -> None:
         config, mock = crowdnode.load_config("", []), unittest.mock.Mock()
-        node = crowdnode.Node(config, 9063, mock, mock, mock, False)
+        node = crowdnode.Node(config, 9063, mock, mock, mock, False, False)
         silent = ["sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 7"]
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(crowdnode.run_command, silent, DEADLINE)
@@ -2154,7 +2270,7 @@ class ForkServers(CrowdTest):
                 os.rename(node.path("hidden"), path)
                 if reload:
                     node.run("--reload")
-                wait_for(lambda: not node.status()["overloaded"], "another")
+                wait_for(lambda: node.status()["state"] == "accepting", "another")
                 self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
     def test_a_record_in_a_units_place_is_moved_aside_first(self) -> None:
@@ -2176,7 +2292,7 @@ class ForkServers(CrowdTest):
                 self.assertEqual(node.post(unit(1, input="x" * size))[0], 503)
                 wait_for(lambda: node.said("refusing work: the fork server"), "why")
                 wait_for(lambda: node.fork_server != fork_server, "another")
-                wait_for(lambda: not node.status()["overloaded"], "it works")
+                wait_for(lambda: node.status()["state"] == "accepting", "it works")
                 self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
                 self.assertEqual(node.central.check_ins()[-1]["busy"], "false")
 
@@ -2194,7 +2310,7 @@ class ForkServers(CrowdTest):
         self.assertEqual(node.post(unit(1))[0], 503)
         self.assertIn("No space left on device", node.status()["reason"])
         os.unlink(filler)
-        wait_for(lambda: not node.status()["overloaded"], "it is over")
+        wait_for(lambda: node.status()["state"] == "accepting", "it is over")
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
         self.assertEqual(node.central.check_ins()[-1]["busy"], "false")
         node.settled()
@@ -2226,17 +2342,27 @@ class Work(SharedNode):
         pid = self.shared.take(unit(id, "sleeper", "0.5"))
         status = self.shared.status()
         keys = """
-            version host port pid uptime central actions max_workers overloaded reason
-            load_average free_memory fork_server running unreported counts
+            version host port pid started_at uptime_seconds state reason central actions
+            max_workers load_average free_memory_bytes available_memory_bytes
+            fork_server running waiting failed recent counts history
         """
         self.assertEqual(list(status), keys.split())
         (running,) = [item for item in status["running"] if item["id"] == id]
         self.assertLess(running.pop("seconds"), 5)
+        time_form = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+        self.assertRegex(running.pop("started_at"), time_form)
         wanted = {"job_id": 1, "action": "sleeper", "stage": "process", "pid": pid}
-        self.assertEqual(running, {"id": id, **wanted})
-        self.assertEqual(list(status["counts"]), list(crowdnode.COUNTS))
-        self.assertEqual(status["central"]["url"], self.shared_central.url)
+        self.assertEqual(running, {"id": id, "input": "0.5", **wanted})
+        counts = "accepted refused succeeded failed died timed_out reported"
+        self.assertEqual(" ".join(status["counts"]), counts)
+        central = status["central"]
+        self.assertEqual(central["url"], self.shared_central.url)
+        self.assertRegex(central["last_check_in_at"], time_form)
         self.shared_central.outcome(id)
+        self.shared.do(unit(self.new_id(), "broken", "http://a:b@h.invalid/x.pdf?k=s"))
+        failed = wait_for(lambda: self.shared.status()["failed"], "it is counted")[0]
+        self.assertEqual((failed["input"], failed["outcome"]), ("x.pdf", "failed"))
+        self.assertRegex(failed["ended_at"], time_form)
 
     def test_text_that_is_not_unicode_does_not_keep_lines_from_the_log(self) -> None:
         id = self.new_id()
@@ -2354,7 +2480,7 @@ class Reports(CrowdTest):
         central.stop()
         for id in range(20):
             node.take(unit(id))
-        wait_for(lambda: node.status()["unreported"] == 21, "all wait")
+        wait_for(lambda: len(node.status()["waiting"]) == 21, "all wait")
         wait_for(lambda: len(our_processes()) == 2, "no process waits")
         central.start()
         for id in range(20):  # the first success queues those that wait
@@ -2373,10 +2499,12 @@ class Reports(CrowdTest):
                 pid = node.take(unit(1, "sleeper", "60"))
                 with no_room(node.pid):
                     os.kill(pid, signal.SIGKILL)
-                    wait_for(lambda: node.status()["unreported"], "its end is known")
+                    wait_for(lambda: len(node.status()["waiting"]), "its end is known")
                     wait_for(lambda: limit == 60 or node.central.reports(1), "a report")
-                    since = node.status()["uptime"]
-                    wait_for(lambda: node.status()["uptime"] > since + 0.5, "retries")
+                    since = node.status()["uptime_seconds"]
+                    wait_for(
+                        lambda: node.status()["uptime_seconds"] > since + 0.5, "retries"
+                    )
                     self.assertEqual(len(node.central.reports(1)), int(limit < 1))
                 self.assertIn(sentence, node.central.outcome(1)[1])
                 node.settled()
@@ -2595,7 +2723,7 @@ class Holds(CrowdTest):
         central = node.central
         for id, action, held in ((1, "echo", 1), (2, "broken", 1), (3, "echo", 2)):
             node.take(unit(id, action))
-            wait_for(lambda: node.status()["unreported"] == held, "it is held")
+            wait_for(lambda: len(node.status()["waiting"]) == held, "it is held")
         node.take(unit(4))
         self.assertEqual(central.outcome(3), ("succeeded", "x"))
         self.assertEqual(len(central.reports(1)), 1)
@@ -2624,7 +2752,7 @@ class Holds(CrowdTest):
                 node = self.node(constants=self.LONG)
                 central = node.central
                 os.kill(node.take(unit(1, "sleeper", "60")), signal.SIGABRT)
-                wait_for(lambda: node.status()["unreported"] == 1, "it is held")
+                wait_for(lambda: len(node.status()["waiting"]) == 1, "it is held")
                 central.fail(500, "/node/", "DELETE")  # so that a stop releases nothing
                 end(node)
                 central.recover()
@@ -2745,7 +2873,7 @@ class Orphans(CrowdTest):
         running = node.take(going_on)
         central.stop()
         node.take(unit(2))
-        wait_for(lambda: node.status()["unreported"], "unit 2 waits")
+        wait_for(lambda: len(node.status()["waiting"]), "unit 2 waits")
         node.kill()
         self.assertTrue(alive(fork_server))
         central.start()
@@ -2791,8 +2919,8 @@ class Orphans(CrowdTest):
                 if id != 4:
                     fcntl.flock(file, fcntl.LOCK_EX)  # as a child of the worker might
         node.start()
-        began = node.status()["uptime"]
-        wait_for(lambda: node.status()["uptime"] > began + 0.4, "several ticks")
+        began = node.status()["uptime_seconds"]
+        wait_for(lambda: node.status()["uptime_seconds"] > began + 0.4, "several ticks")
         self.assertIsNone(other.poll())
         self.assertEqual(node.said("overdue4 of an earlier process: dropped"), 1)
         locks.close()
@@ -2823,13 +2951,16 @@ class Shown(CrowdTest):
         _, headers, body = node.get("/")
         page = body.decode()
         for text in (
-            f"<h1>127.0.0.1:{node.port} <small>the &lt;tag&gt;</small></h1>",
-            f"{central.url}, answered ",
-            '<meter max="60" value="',
+            f"<h1>127.0.0.1:{node.port}</h1>",
+            "the &lt;tag&gt;",
+            f"<title>central away · 127.0.0.1:{node.port}</title>",
+            "Central is away: it answered 500",
+            'max="60"',
             "ValueError: it broke (broken.py, line 6, in process)",
             "no action named &lt;script&gt;alert(1)",
-            "Waiting for central (1)",
-            "<dt>Work</dt><dd>accepted</dd>",
+            "<b>1/50</b>Running",
+            "<b>2</b>Failed",
+            "<b>1</b>Waiting for central",
         ):
             self.assertIn(text, page)
         self.assertNotIn("<script>alert", page)
@@ -2847,15 +2978,12 @@ class Shown(CrowdTest):
             counters.add_minute(1.0, None)
             self.assertEqual(len(counters.history), min(60, minute))
             counters._minute_began -= 60
-            counters.counts["succeeded"] += 10
-        load, memory, units = counters.history[-1]
-        self.assertEqual((load, memory, round(units)), (1.0, None, 10))
-        plot = crowdnode.render_plot("load", [1.0, None, 3.0], 2.0)
-        self.assertIn("load: 3 now, 1 to 3", plot)
-        self.assertIn('points="57,68.3 59,4.8"', plot)
-        self.assertIn("nothing yet", crowdnode.render_plot("load", [None], None))
-        times = [crowdnode.ago(n) for n in (None, 0.04, 9.94, 119, 150, 7200, 200_000)]
-        words = ["never", "0.0 s", "9.9 s", "119 s", "2 min", "2 h", "2 d"]
+            counters.outcomes["echo", "succeeded"] = 10 * minute + 10
+        last = counters.history[-1]
+        self.assertEqual((last["load_average"], last["free_memory_bytes"]), (1.0, None))
+        self.assertEqual(round(last["units_per_minute"]), 10)
+        times = [crowdnode.duration(n) for n in (0.04, 9.94, 119, 150, 7200, 200_000)]
+        words = ["0.04 s", "9.9 s", "119 s", "2.5 min", "2 h", "2.3 d"]
         self.assertEqual(times, words)
 
     def test_metrics_say_what_the_status_says(self) -> None:
@@ -2867,13 +2995,16 @@ class Shown(CrowdTest):
         lines = body.decode().splitlines()
         values = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
         counts = {
-            'units_total{outcome="succeeded"}': 3,
-            'units_total{outcome="failed"}': 2,
-            "units_accepted_total": 5,
+            'units_total{action="echo",outcome="succeeded"}': 3,
+            'units_total{action="echo",outcome="died"}': 0,
+            'units_total{action="broken",outcome="failed"}': 1,
+            'units_total{action="unknown",outcome="failed"}': 1,
             "max_workers": 50,
-            'unit_seconds_count{action="echo",stage="process"}': 3,
-            'unit_seconds_bucket{action="echo",stage="process",le="+Inf"}': 3,
-            'unit_seconds_count{action="unknown",stage="process"}': 1,
+            "accepting": 1,
+            "central_up": 1,
+            'unit_duration_seconds_count{action="echo",stage="process"}': 3,
+            'unit_duration_seconds_bucket{action="echo",stage="process",le="+Inf"}': 3,
+            'unit_duration_seconds_count{action="unknown",stage="process"}': 1,
         }
         wanted = {f"crowdnode_{name}": str(value) for name, value in counts.items()}
         self.assertEqual({**values, **wanted}, values)
@@ -2882,8 +3013,11 @@ class Shown(CrowdTest):
         }
         typed = [line.split()[2] for line in lines if line.startswith("# TYPE ")]
         self.assertEqual(sorted(families), sorted(typed))
-        sample = crowdnode.sample("x", 1, a='"\\\n')
-        self.assertEqual(sample, r'crowdnode_x{a="\"\\\n"} 1')
+        readme = crowdnode.read_file(os.path.join(HERE, "README.md")).decode()
+        for name in re.findall(r"crowdnode_[a-z]\w+", readme):
+            self.assertIn(name, families)
+        text = crowdnode.metrics_text({**node.status(), "host": '"\\\n'}, {}, {})
+        self.assertIn(r'host="\"\\\n"} 1', text)
 
 
 # ---------------------------------------------------------------------------
@@ -2938,9 +3072,9 @@ BAD_REQUESTS: list[tuple[bytes, int, str]] = [
     (post(b"work_unit=" + b"x" * 1100000), 413, "over max_request_size, 1 MB"),
     (raw(b"GET http://[x/"), 400, "can't be read"),
     (raw(b"GET /nowhere"), 404, "Not Found"),
-    *((raw(verb + b" /work"), 404, "Not") for verb in (b"GET", b"DELETE", b"OPTIONS")),
-    (post(b"_method=NONSENSE", b"/heartbeat"), 404, "Not Found"),
-    (post(b"_method=GET&work_unit=%7B%7D"), 404, "Not Found"),
+    *((raw(verb + b" /work"), 405, "POST") for verb in (b"GET", b"DELETE", b"OPTIONS")),
+    (post(b"_method=NONSENSE", b"/heartbeat"), 405, "/heartbeat takes GET, HEAD alone"),
+    (post(b"_method=GET&work_unit=%7B%7D"), 405, "/work takes POST alone"),
 ]
 HEARTBEATS = [
     raw(b"GET /heartbeat"),
@@ -2969,6 +3103,8 @@ class Routes(SharedNode):
             with self.subTest(request):
                 self.assertEqual(self.shared.send(request)[::2], (200, b"buh-bump"))
         self.assertEqual(self.shared.send(raw(b"HEAD /nowhere"))[::2], (404, b""))
+        headers = self.shared.send(raw(b"PUT /status"))[1]
+        self.assertEqual(headers["Allow"], "GET, HEAD")
         status, headers, body = self.shared.send(raw(b"HEAD /heartbeat"))
         self.assertEqual((status, headers["Content-Length"], body), (200, "8", b""))
 
@@ -3104,11 +3240,13 @@ class Run(CrowdTest):
         for settings, attempts in (([], 3), (["--set", "work_unit_retries=1"], 1)):
             done = self.job(*options, *settings, "--strings", "--run", "odd", *"1x2")
             self.assertEqual((done.returncode, done.stdout), (1, "[1, null, 2]\n"))
-            self.assertIn("x: ValueError: invalid literal", done.stderr)
-            self.assertIn("(odd.py, line", done.stderr)
-            self.assertEqual(done.stderr.count("Traceback"), attempts)
-            self.assertIn(f"output: attempt {attempts - 1}", done.stderr)
-            self.assertNotIn(f"output: attempt {attempts}", done.stderr)
+            tries = "3 tries" if attempts == 3 else "1 try"
+            reason = "x: ValueError: invalid literal for int() with base 10: 'x'"
+            place = f"{reason} ({tries})\n    odd.py, line 7, in process\n"
+            self.assertEqual(done.stderr.count(place), 1, done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+            for name, times in (("1", 1), ("x", attempts), ("2", 1)):
+                self.assertEqual(done.stderr.count(f"{name}: attempt "), times)
 
     def test_a_job_goes_through_split_process_and_merge(self) -> None:
         options = self.with_actions(pieces=PIECES)
@@ -3134,14 +3272,138 @@ class Run(CrowdTest):
         self.assertIn("the output is not JSON: ", done.stderr)
         self.assertIn("The request is over max_request_size, 1 MB.", done.stderr)
 
-    def test_a_working_directory_that_is_gone_does_not_matter(self) -> None:
-        script = 'cd "$1"; rmdir "$1"; shift; exec "$@"'
-        job = [PROGRAM, "--run", "word_count", os.path.join(HERE, "LICENSE")]
-        command = ["sh", "-c", script, "sh", tempfile.mkdtemp(), sys.executable, *job]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment()
+    def test_json_lines_come_as_inputs_end_and_a_split_is_one_input(self) -> None:
+        action = SLEEPER.replace("float(self.input)", "self.input == 'slow' and 60")
+        options = [*self.with_actions(sleeper=action), "--json-lines", "--strings"]
+        job: Any = [*options, "--run", "sleeper", "slow", "quick"]
+        with self.started_job(*job) as (job, _):
+            self.assertTrue(select.select([job.stdout], [], [], DEADLINE)[0])
+            line = job.stdout.readline()
+            job.send_signal(signal.SIGINT)
+            self.assertEqual(job.communicate(timeout=DEADLINE)[0], b"")
+        self.assertEqual(json.loads(line), {"input": "quick", "output": "slept"})
+        options = [*self.with_actions(pieces=PIECES), "--json-lines", "--strings"]
+        done = self.job(*options, "--quiet", "--run", "pieces", "a bb", "ccc")
+        found = {line["input"]: line["output"] for line in map(json.loads,
+                 done.stdout.splitlines())}  # fmt: skip
+        self.assertEqual(found, {"a bb": [1, 2], "ccc": [3], None: [1, 2, 3]})
+
+    def test_a_bar_is_never_wider_than_the_terminal(self) -> None:
+        options = self.with_actions(sleeper=SLEEPER)
+        job = [*options, "--output", os.devnull, "--strings", "--run", "sleeper"]
+        job += ["0.1"] * 20
+        for columns, is_there in ((200, "left"), (60, "running"), (30, "done")):
+            command = [sys.executable, PROGRAM, *job]
+            shown = self.on_terminal(*command, COLUMNS=str(columns))
+            lines = [line for line in re.split(r"[\r\n]+(?:\x1b\[K)?", shown) if line]
+            self.assertTrue(any(is_there in line for line in lines), lines)
+            self.assertLess(max(map(len, lines)), columns)
+
+    def test_what_is_odd_about_a_job_is_said(self) -> None:
+        slow = ECHO.replace("return self.input", "print('half', end='')")
+        slow += "\ntime.sleep(1.2)\n"
+        options = self.with_actions(slow=slow, other="import nosuch", bad="import no")
+        done = self.job(*options, "--strings", "--run", "slow", "x")
+        self.assertEqual((done.returncode, done.stdout), (0, "[null]\n"))
+        for sentence in ("are still loading", "x: half\n", "nothing for 1 of 1 input"):
+            self.assertIn(sentence, done.stderr)
+        done = self.job(*options, "--strings", "--run", "bad", "x")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("bad.py is left out: ModuleNotFoundError: No mod", done.stderr)
+        self.assertNotIn("nosuch", done.stderr)
+        gone = os.path.join(self.directory(), "gone.txt")
+        job = [*self.with_actions(echo=ECHO), "--run", "echo"]
+        done = self.job(*job, crowdnode.file_url(gone))
+        line = f"file://{gone}: can't download it: No such file or directory (3 tries)"
+        self.assertIn(line, done.stderr.splitlines())
+
+    def test_names_need_not_be_ascii_or_utf8(self) -> None:
+        place = os.path.join(os.fsencode(self.directory()), b"h\xf6me\nx")
+        os.mkdir(place)
+        shutil.copy(os.fsencode(PROGRAM), place)
+        for name, text in (
+            (b"caf\xe9.txt", "1"), (b"a b.txt", "1 2"), (b"a%20b.txt", "1 2 3"),
+        ):  # fmt: skip
+            with open(os.path.join(place, name), "w") as file:
+                file.write(text)
+        os.mkdir(os.path.join(place, b"actions"))
+        with open(os.path.join(place, b"actions", b"arrow.py"), "w") as file:
+            file.write(
+                ECHO.replace("return self.input", "print('\\u2192', self.input)")
+            )
+        key, _, value = MARK.partition("=")
+        env: dict[Any, Any] = {key: value, "HOME": place, "TMPDIR": place}
+        env.update({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "iso-8859-1"})
+        command: list[Any] = [sys.executable, os.path.join(place, b"crowdnode.py")]
+        command.append("--run")
+        names = b"\xef\xbb\xbfa b.txt\r\n\r\ncaf\xe9.txt\n"
+        for job, data, wanted in (
+            (["word_count", "-"], names, b"[3]\n"),
+            (["word_count", "a%20b.txt"], b"", b"[3]\n"),
+            (["arrow", "--strings", "-"], b"\xe9\n", b"[null]\n"),
+        ):
+            options: dict[str, Any] = {"capture_output": True, "cwd": place, "env": env}
+            done = subprocess.run([*command, *job], input=data, **options)
+            self.assertEqual(done.stdout, wanted, done.stderr)
+
+    def test_jobs_at_the_same_time_save_to_different_places(self) -> None:
+        process = "open('f', 'w').write(self.input); return self.save('f')"
+        options = self.with_actions(saver=ECHO.replace("return self.input", process))
+        options += ["--set", f"local_storage_path={self.directory()}", "--strings"]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            jobs = [
+                pool.submit(self.job, *options, "--run", "saver", n) for n in "1234"
+            ]
+            urls = {json.loads(job.result().stdout)[0] for job in jobs}
+        self.assertEqual(len(urls), 4)
+
+
+def ignore_children_and_leave_descriptors() -> None:
+    """In a child: be a parent that is careless about signals, descriptors, places."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    for _ in range(1100):
+        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+    os.chdir(place := tempfile.mkdtemp())
+    os.rmdir(place)
+
+
+class Inherited(CrowdTest):
+    """A job, and a node, whatever their parent is like."""
+
+    def check(self, program: str, env: dict[str, str], prepare: Any = None) -> None:
+        key, _, value = MARK.partition("=")
+        options: dict[str, Any] = {"env": {**env, key: value}, "close_fds": False}
+        options.update(executable=sys.executable, preexec_fn=prepare)
+        options.update(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        path = os.path.join(HERE, "LICENSE")
+        words = b"[%d]\n" % len(crowdnode.read_file(path).split())
+        job = [program, PROGRAM, "--run", "word_count", path]
+        done = subprocess.run(job, **options)
+        self.assertEqual((done.returncode, done.stdout), (0, words), done.stderr)
+        node = self.prepared()
+        done = subprocess.run([program, *node.command("--daemon")[1:]], **options)
+        self.assertEqual(done.returncode, 0, done.stderr.decode() + node.log())
+        self.assertEqual(node.do(unit()), ("succeeded", "x"))
+
+    def test_signals_descriptors_and_a_directory_that_is_gone(self) -> None:
+        self.check(
+            sys.executable, dict(os.environ), ignore_children_and_leave_descriptors
         )
-        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_an_empty_environment_a_bare_name_and_closed_descriptors(self) -> None:
+        self.check("python3", {}, lambda: os.closerange(0, 1))
+        job = [sys.executable, PROGRAM, "--run", "word_count", "-"]
+        options: dict[str, Any] = {"stderr": subprocess.PIPE, "env": environment()}
+        done = subprocess.run(job, preexec_fn=lambda: os.close(0), **options)
+        self.assertIn(b"needs at least one INPUT", done.stderr)
+
+    def test_a_python_without_ctypes(self) -> None:
+        place = self.directory()
+        with open(os.path.join(place, "ctypes.py"), "w") as file:
+            file.write("raise ImportError('not built')")
+        self.check(sys.executable, {"PYTHONPATH": place})
 
 
 class RunEnds(CrowdTest):
@@ -3164,6 +3426,22 @@ class RunEnds(CrowdTest):
                 self.assertLess(time.monotonic() - began, 2)
                 self.assertEqual((our_processes(), os.listdir(directory)), ([], []))
 
+    def test_what_keeps_a_job_from_going_on_is_said_after_two_seconds(self) -> None:
+        command = [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"]
+        limit = (resource.RLIMIT_FSIZE, (400, 400))  # as a disk that is full
+        with subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            env=environment(TMPDIR=self.directory()),
+            cwd=HERE,
+            preexec_fn=lambda: resource.setrlimit(*limit),
+        ) as job:
+            assert job.stderr
+            lines = iter(job.stderr.readline, b"")
+            self.assertTrue(any(b"File too large" in line for line in lines))
+            job.send_signal(signal.SIGINT)
+            self.assertEqual(job.wait(DEADLINE), 130)
+
     def test_a_node_that_dies_is_started_again(self) -> None:
         with self.sleeping(*["0.3"] * 4) as (job, _):
             nodes = [line for line in our_processes() if "--attended" in line]
@@ -3173,9 +3451,10 @@ class RunEnds(CrowdTest):
 
     def test_nobody_else_can_hand_in_results(self) -> None:
         with self.sleeping("60") as (job, directory):
-            (name,) = os.listdir(directory)
-            config = crowdnode.load_config(f"{directory}/{name}/crowdnode.conf", [])
-            url, outcome = f"{config.central_server}/work/1", b"status=succeeded"
+            (path,) = glob.glob(f"{directory}/*/node.pid")
+            text = crowdnode.read_file(path).partition(b"\n")[2]
+            central = json.loads(text)["checked_in"]["url"]
+            url, outcome = f"{central}/work/1", b"status=succeeded"
             request = urllib.request.Request(url, outcome, method="PUT")
             with self.assertRaisesRegex(urllib.error.HTTPError, "401"):
                 urllib.request.urlopen(request, timeout=DEADLINE)
@@ -3218,6 +3497,25 @@ class RunEnds(CrowdTest):
 
 
 class Daemon(CrowdTest):
+    def test_on_a_terminal_the_page_and_the_log_are_named(self) -> None:
+        node = self.prepared()
+        shown = self.on_terminal(*node.command("--daemon"))
+        page = f"page: http://127.0.0.1:{node.port}/\r\n"
+        self.assertEqual(shown, f"{page}log:  {node.path('state', 'node.log')}\r\n")
+
+    def test_a_node_without_a_fork_server_for_long_gives_up(self) -> None:
+        constants = {"FORK_SERVER_PATIENCE": 0.1, "RETRY_WAIT": 0.1}
+        node = self.node(constants=constants)
+        fork_server = node.fork_server
+        shutil.rmtree(node.path("actions"))
+        node.write_config()
+        os.mkdir(node.path("actions"), 0o700)
+        with open(node.path("actions", "bad.py"), "w") as file:
+            file.write("import os, time; time.sleep(0.2); os._exit(1)")
+        os.kill(fork_server, signal.SIGKILL)
+        self.assertEqual(node.wait(), 0)
+        self.assertEqual(node.said("no fork server for 0.1 s: stopping"), 1)
+
     def test_eight_starts_at_once_start_one_which_is_replaced_when_silent(self) -> None:
         node = self.prepared()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -3358,6 +3656,7 @@ class Starts(CrowdTest):
         central.answer = answer
         node.start(wait=False)
         self.assertEqual(central.outcome(7), ("succeeded", "x"))
+        wait_for(lambda: pids, "both are taken")
         self.assertEqual(central.reports(7)[0]["pid"], str(pids[0]))
         os.kill(node.pid, signal.SIGTERM)
         wait_for(lambda: node.said("stopping; 1 units are running"), "it drains")
@@ -3481,7 +3780,9 @@ class Stops(CrowdTest):
             child = int(file.read())
         self.addCleanup(wait_for, lambda: not alive(child), "it is gone")
         self.addCleanup(os.kill, child, signal.SIGKILL)
-        wait_for(lambda: node.status()["uptime"] > 1, "some ticks of the monitor")
+        wait_for(
+            lambda: node.status()["uptime_seconds"] > 1, "some ticks of the monitor"
+        )
         node.stop()
         self.assertTrue(alive(child))
 
@@ -3548,7 +3849,7 @@ class Reloads(CrowdTest):
         self.assertEqual(fields["max_workers"], "7")
         self.assertEqual(node.do(unit(2, "fresh")), ("succeeded", "x"))
         self.assertEqual(node.take(long), pid)
-        self.assertTrue(node.said("reloaded; actions: "), "the log was opened again")
+        self.assertTrue(node.said("reloaded; changed"), "the log was opened again")
         open(long["input"], "w").close()
         self.assertEqual(central.outcome(1), ("succeeded", "seen"))
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
@@ -3560,14 +3861,14 @@ class Reloads(CrowdTest):
         wrong = "[node] max_load = much: must be a number"
         node.write_config(max_load="much")
         done = node.run("--reload")
-        self.assertEqual(done.returncode, 2)
+        self.assertEqual(done.returncode, 1)
         self.assertIn(wrong, done.stderr)
         os.kill(node.daemon_pid, signal.SIGHUP)
         wait_for(lambda: node.said(wrong), "it is refused")
         os.chmod(node.path("state"), 0o770)
         node.write_config(max_load="", central_server=other.url)
         os.kill(node.daemon_pid, signal.SIGHUP)
-        wait_for(lambda: node.said("not reloaded, everything stays") == 2, "it again")
+        wait_for(lambda: node.said("not reloaded, everything stays") == 3, "it again")
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
         os.chmod(node.path("state"), 0o700)
         node.write_config(state_path="elsewhere", port=1)
@@ -3584,7 +3885,7 @@ class Reloads(CrowdTest):
         self.assertEqual(node.post(unit(3))[0], 503)
         node.write_config(max_workers=3)
         node.run("--reload")
-        wait_for(lambda: not node.status()["overloaded"], "there is room")
+        wait_for(lambda: node.status()["state"] == "accepting", "there is room")
         self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
         node.take(unit(1, "sleeper", "60", attempts=1))
         self.assertFalse(alive(first))
@@ -3642,10 +3943,13 @@ class Upgrade(CrowdTest):
             half.sendall(b"GET /heartbeat ")
             node.status()  # came later, so the other has been accepted
             self.install(node, "1.1")
-            self.assertEqual(node.run("--reload").returncode, 0)
-            wait_for(lambda: node.said("going on as the new version"), "an upgrade")
-            half.sendall(b"HTTP/1.1\r\n\r\n")
-            self.assertEqual(read_answer(half)[0], 200)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                reload = pool.submit(node.run, "--reload")
+                wait_for(lambda: node.said("going on as the new version"), "an upgrade")
+                half.sendall(b"HTTP/1.1\r\n\r\n")
+                self.assertEqual(read_answer(half)[0], 200)
+            self.assertEqual(reload.result().returncode, 0)
+            self.assertRegex(reload.result().stdout, r"^going on as version 1\.1; act")
         self.upgraded(node, "1.1")
         after = node.status()
         kept = [after[key] for key in ("pid", "port", "max_workers")]
@@ -3685,11 +3989,15 @@ class Upgrade(CrowdTest):
             (f'{half}\ndel NODE_KEYS["drain_time"]{end}{rest}', "unknown key"),
         ):
             with self.subTest(problem):
-                reloads = node.said("reloaded; actions")
                 self.write(node, text)
-                os.kill(node.pid, signal.SIGHUP)
-                wait_for(lambda: node.said("reloaded; actions") > reloads, "a reload")
-                self.assertIn(problem, node.log().rpartition("does not work here")[2])
+                with open(node.path("works"), "w") as file:
+                    file.write(source)
+                node.program = "works"
+                done = node.run("--reload")
+                node.program = "crowdnode.py"
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, r"not reloaded.*does not work here: ")
+                self.assertIn(problem, done.stderr)
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
         os.kill(node.fork_server, signal.SIGKILL)  # the next has the old source, too
         wait_for(lambda: node.post(unit(2))[0] == 200, "another fork server")
@@ -3740,7 +4048,7 @@ class Upgrade(CrowdTest):
         wait_for(lambda: len(node.central.check_ins()) > count, "a check-in")
         self.assertEqual(node.post(unit(2))[0], 503)
         os.unlink(f"{state}/filler")
-        wait_for(lambda: not node.status()["overloaded"], "there is room")
+        wait_for(lambda: node.status()["state"] == "accepting", "there is room")
         self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
         node.stop()
 
@@ -3758,11 +4066,11 @@ class CommandLine(CrowdTest):
         self.assertEqual(json.loads(done.stdout)["port"], node.port)
         done = node.run("--status")
         self.assertEqual((done.returncode, done.stdout.count("\033")), (0, 0))
-        unit_line = "unit 7        sleeper          process"
-        for text in ("127.0.0.1:", "checked in ", unit_line, "1 accepted"):
+        unit_line = "unit 7 (sleeper, process, job 1, 60): "
+        for text in ("127.0.0.1:", "last check-in ", unit_line, "1 accepted"):
             self.assertIn(text, done.stdout)
         shown = self.on_terminal(*node.command("--status"))
-        self.assertIn("work       \033[32maccepted\033[0m", shown)
+        self.assertRegex(shown, r"State +\x1b\[32maccepting\x1b\[0m")
         shown = self.on_terminal(*node.command("--status"), NO_COLOR="1")
         self.assertNotIn("\033", shown)
         os.kill(pid, signal.SIGSTOP)
@@ -3776,12 +4084,102 @@ class CommandLine(CrowdTest):
         left = sorted(os.listdir(node.path("state")))
         self.assertEqual(left, ["fork_server.out", "node.log", "units", "work"])
 
+    def test_a_fault_in_the_configuration_hides_no_node_that_runs(self) -> None:
+        node = self.daemon()
+        for fault in ("max_laod = 1", "port = no", "typo", "[nod]", "tag = 1\ntag = 2"):
+            node.write_config()
+            with open(node.path("crowdnode.conf"), "a") as file:
+                file.write(f"{fault}\n")
+            self.assertEqual(node.run("--status").returncode, 0, fault)
+            self.assertEqual(node.run("--check").returncode, 2, fault)
+        done = node.run("--reload")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("not reloaded, everything stays as it was: ", done.stderr)
+        self.assertEqual(node.run("--stop").returncode, 0)
+        node.write_config()
+
+    def test_reload_says_what_it_took_over(self) -> None:
+        node = self.daemon()
+        node.write_config(max_load=99, port=1)
+        done = node.run("--reload")
+        node.write_config(port=0)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        actions = "broken, echo, pieces, sleeper, waiter, word_count"
+        said = f"reloaded; changed keys: max_load; actions: {actions}\n"
+        said += "port has changed, which takes a restart\n"
+        self.assertEqual(done.stdout, said)
+        os.rename(node.path("actions"), node.path("away"))
+        done = node.run("--reload", "--set", "disable_default_actions=yes")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))  # word_count is left
+        self.assertIn("actions: word_count\n", done.stdout)
+
+    def test_a_node_that_is_not_ours_is_named(self) -> None:
+        other = self.daemon(port=free_port())
+        node = self.prepared(port=other.port)
+        sentence = f"a node with another state_path answers on port {other.port}"
+        for command, status in (("--status", 3), ("--stop", 3), ("--daemon", 1)):
+            done = node.run(command)
+            self.assertEqual((done.returncode, done.stdout), (status, ""))
+            self.assertIn(sentence, done.stderr)
+            self.assertEqual(len(done.stderr.splitlines()), 1)
+
+    def test_a_link_to_the_program_finds_what_lies_beside_the_real_one(self) -> None:
+        real, link = self.directory(), os.path.join(self.directory(), "crowdnode")
+        os.symlink(shutil.copy(PROGRAM, real), link)
+        path = os.path.join(real, "crowdnode.conf")
+        shutil.copy(os.path.join(HERE, "crowdnode.conf"), path)
+        os.mkdir(os.path.join(real, "actions"))
+        with open(os.path.join(real, "actions", "echo.py"), "w") as file:
+            file.write(ECHO)
+        command, env = [sys.executable, link, "--check"], environment(HOME=real)
+        options: dict[str, Any] = {"capture_output": True, "text": True, "env": env}
+        shown = subprocess.run(command, cwd="/", **options).stdout
+        self.assertIn(f"ok: configuration: {path}\n", shown)
+        self.assertRegex(shown, r"ok: actions: echo,")
+        if os.geteuid() == 0:  # another user's file does not count
+            place = self.directory()
+            with open(os.path.join(place, "crowdnode.conf"), "w") as file:
+                os.chown(file.fileno(), 12345, -1)
+            shown = subprocess.run(command, cwd=place, **options).stdout
+            self.assertIn(f"ok: configuration: {path}\n", shown)
+
+    def test_the_file_can_be_imported_without_side_effects(self) -> None:
+        code = "import crowdnode, threading as t; "
+        code += "print(crowdnode.Action, t.active_count())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE
+        )
+        self.assertEqual(done.stdout, "<class 'crowdnode.Action'> 1\n", done.stderr)
+
     def test_check_says_what_is_in_order_and_what_is_not(self) -> None:
         central = self.central()
         node = self.prepared(central)
         done = node.run("--check")
         levels = {line.partition(":")[0] for line in done.stdout.splitlines()}
         self.assertEqual((done.returncode, levels), (0, {"ok"}), done.stdout)
+        program = write_script(node.directory, "gs", "true")
+        node.constants["MORE_PATHS"] = (node.directory,)
+        node.write_config(disabled_actions="graphics_magick", bind="0.0.0.0")
+        node.write_actions({"slow.py": f"{ECHO}time.sleep(1.1)\n"})
+        os.chmod(node.path("actions", "slow.py"), 0o666)
+        with socket.socket() as taken:
+            taken.bind(("0.0.0.0", 0))
+            taken.listen()
+            node.write_config(port=taken.getsockname()[1])
+            done = node.run("--check", "--set", "host=127.0.0.1")
+        for text in (
+            "skipped: the action process_pdfs is left out: not installed: ",
+            f"warning: {program} is not found by the PATH: put {node.directory} into",
+            "slow.py takes 1.",
+            f"warning: others can write to {node.path('actions', 'slow.py')}, and so",
+            "warning: bind = 0.0.0.0: anybody who reaches it can send units",
+            "Address already in use; another program has it: choose another",
+        ):
+            self.assertIn(text, done.stdout)
+        self.assertEqual(done.returncode, 1)
+        os.unlink(node.path("actions", "slow.py"))
+        node.write_config(disabled_actions="graphics_magick process_pdfs", port=0)
+        node.write_config(bind="127.0.0.1")
         central.date = "Thu, 01 Jan 2015 00:00:00 GMT"
         node.write_config(host="no-such-host.invalid", aws_secret_key="x", login="y")
         node.write_actions({"syntax.py": "def"})
@@ -3854,6 +4252,9 @@ class CommandLine(CrowdTest):
             (["--json"], "--json goes with --status"),
             (["--options", "", "--status"], "--options goes with --run"),
             (["README.md"], "unrecognized arguments: README.md"),
+            (["status"], "did you mean --status?"),
+            (["start"], "did you mean --daemon?"),
+            (["run", "word_count", "x"], "did you mean --run?"),
             (["--run", "word_cuont", "README.md"], "did you mean word_count?"),
             (run, "needs at least one INPUT"),
             ([*run, ""], "an INPUT is empty"),
