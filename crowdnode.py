@@ -21,7 +21,7 @@ Processes:
 
 A fork of a process with threads can copy a lock in its locked state, so only the fork
 server forks, with one thread.  The cost of a fork grows with the parent's memory, so
-the fork server gets only the first half of this source.  An outcome is on disk before
+the fork server executes only the first half of this file.  An outcome is on disk before
 it is on the wire, and only the node uses the network: each process may be killed at any
 moment.
 
@@ -70,9 +70,9 @@ import socket
 import time
 import types
 
-# True in the fork server, which executes only the first half of this file (see LAUNCH).
+# Set by LAUNCH in the fork server, which executes only the first half of this file.
 FORK_SERVER = bool(globals().get("FORK_SERVER"))
-if not FORK_SERVER:  # a fork copies the page tables of whatever its parent has imported
+if not FORK_SERVER:  # each import makes the fork server larger, and so each fork slower
     import argparse
     import base64
     import binascii
@@ -150,7 +150,7 @@ INHERIT_FLAG = "--inherit"  # internal: the descriptors of lock and listener
 
 
 class CrowdError(Exception):
-    """An error that is shown to a person in one sentence; *status*: the exit status."""
+    """An error whose message the user sees; *status* is the exit status."""
 
     status = EXIT_FAILED
 
@@ -168,7 +168,7 @@ class NotRunning(CrowdError):
 
 
 class NodeOverloaded(Exception):
-    """This node can't take the unit now; another node may, or this one later."""
+    """The node rejects the unit for now; central sends it again."""
 
 
 class ActionFailed(Exception):
@@ -214,6 +214,11 @@ def is_url(text: str) -> bool:
 def without_password(url: str) -> str:
     """Return *url* without the user and the password in it."""
     return re.sub(r"\A([a-z]+://)[^/?#]*@", r"\1", url, flags=re.IGNORECASE)
+
+
+def without_secrets(url: str) -> str:
+    """Return *url* for people: without a password and without a query."""
+    return without_password(url).partition("?")[0]
 
 
 def file_url(path: str) -> str:
@@ -306,28 +311,20 @@ def kill_group(pid: int, number: int) -> None:
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl.h
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
-own_children: set[int] = set()  # pids of subprocesses that some thread waits for
-
-
-c_library: list[Any] = []  # once it is loaded; workers inherit it
+own_children: set[int] = set()  # pids of children that end_strays() must not reap
 
 
 def call_c(name: str, *arguments: int) -> None:
     """Call a function of the C library that Python lacks; do nothing without it."""
-    try:
-        if not c_library:
-            import ctypes
+    with contextlib.suppress(ImportError, AttributeError):
+        import ctypes
 
-            c_library.append(ctypes.pythonapi)
-        getattr(c_library[0], name)(*arguments)
-    except (ImportError, AttributeError):
-        pass
+        getattr(ctypes.pythonapi, name)(*arguments)
 
 
 def become_subreaper() -> None:
     """Become the parent of descendants that lose theirs (Linux alone)."""
-    if sys.platform.startswith("linux"):
-        call_c("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    call_c("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def child_pids() -> set[int]:
@@ -369,14 +366,12 @@ def iso_time(moment: float | None) -> str | None:
 
 
 def boot_clock() -> float:
-    """Return the clock of process start times: seconds since the boot on Linux, since
-    1970 on macOS."""
+    """Return seconds since the boot (Linux) or since 1970 (macOS): process times."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_REALTIME))
 
 
 def this_machine() -> Json:
-    """Return what makes a pid unique: a machine that reboots keeps its name, and a
-    container that restarts its boot id."""
+    """Return host name, boot id and pid namespace: together these make a pid unique."""
     boot_id = namespace = ""
     with contextlib.suppress(OSError):
         if sys.platform == "darwin":
@@ -561,17 +556,19 @@ ACTION_KEYS: dict[str, tuple[str, Kind]] = {
     **{name: ("", NODE_KEYS[name][1]) for name in LIMITS},
 }
 SECRETS = ("password", "aws_secret_key")  # keys that others should not read
-FIXED_KEYS = ("state_path", "temp_storage_path", "host", "port", "bind")  # till restart
-COMMAND_LINE = "command line:"  # the place of a value that is in no file
+# The keys by which --stop, --status and --reload find a node that runs.
+KEYS_OF_COMMANDS = (
+    "state_path", "bind", "http_authentication", "login", "password", "drain_time",
+)  # fmt: skip
+FIXED_KEYS = ("state_path", "temp_storage_path", "host", "port", "bind")  # at a reload
+COMMAND_LINE = "command line:"  # in the place of FILE: [SECTION]
 
 
 class Config(types.SimpleNamespace):
     """The configuration: an attribute for each key of NODE_KEYS, *file* (its path, or
     None), *settings* (pairs from the command line), *actions* (the sections [action
-    NAME]), and *warnings* about what is valid, but probably not intended."""
-
-    def __init__(self, values: Json) -> None:
-        super().__init__(**values)
+    NAME]), *warnings* about what is valid, but probably not intended, and *is_job*: it
+    is that of a job of --run."""
 
     def limit(self, action: str, name: str) -> Any:
         """Return time_limit, memory_limit, file_limit or nice of *action*."""
@@ -587,17 +584,13 @@ class Config(types.SimpleNamespace):
         """The directory of unit records."""
         return self.state_file("units")
 
-    def work_directory(self, action: str, unit_id: object) -> str:
-        """Return the work directory of a unit; *action* must be a plain name."""
-        return os.path.join(self.temp_storage_path, action, f"unit_{unit_id}")
-
     def arguments(self) -> list[str]:
         """Return the command line's options for this configuration."""
         options = [f"--set={name}={value}" for name, value in self.settings]
         return ["--config", self.file or "", *options]
 
-    def keep_place(self, old: Config) -> None:
-        """Take the FIXED_KEYS from *old*, at a reload; warn where they have changed."""
+    def keep_fixed_keys(self, old: Config) -> None:
+        """Copy FIXED_KEYS from *old*, and warn about those that differ."""
         for name in FIXED_KEYS:
             if getattr(self, name) != getattr(old, name):
                 setattr(self, name, getattr(old, name))
@@ -605,7 +598,7 @@ class Config(types.SimpleNamespace):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a remedy for the unknown *word*."""
+    """Return a hint: the known word nearest to *word*, or all of them."""
     import difflib  # for this one sentence
 
     close = difflib.get_close_matches(word, known, 1)
@@ -625,11 +618,20 @@ def parse_value(where: str, name: str, value: str, keys: Json) -> Any:
         raise UsageError(f"{where} {name} = {value}: must be {sentence}") from None
 
 
-def read_sections(path: str, parser: configparser.RawConfigParser) -> None:
-    """Have *parser* read the INI file at *path*.  Raises UsageError."""
+def new_parser(strict: bool) -> configparser.RawConfigParser:
+    """Return a parser of INI files that leaves names as they are."""
+    parser = configparser.RawConfigParser(default_section="\0", strict=strict)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    return parser
+
+
+def read_sections(path: str | None) -> dict[str, dict[str, str]]:
+    """Return the sections of the INI file at *path*, if any.  Raises UsageError."""
+    parser = new_parser(strict=True)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            parser.read_file(file, path)
+        if path:
+            with open(path, encoding="utf-8-sig") as file:
+                parser.read_file(file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read: {error}") from None
     except configparser.DuplicateSectionError as error:
@@ -640,54 +642,66 @@ def read_sections(path: str, parser: configparser.RawConfigParser) -> None:
     except configparser.Error as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not an INI file (KEY = VALUE): {reason}") from None
+    return {name: dict(parser.items(name)) for name in parser.sections()}
 
 
 def load_config(
-    path: str | None, settings: list[tuple[str, str]], is_lenient: bool = False
+    path: str | None,
+    settings: list[tuple[str, str]],
+    sections: dict[str, dict[str, str]] | None = None,
 ) -> Config:
     """Read the file at *path*, if there is one; *settings* override it.
 
-    Raises UsageError, naming file, section, key, value and the remedy.  *is_lenient*:
-    use the defaults instead of what is wrong, to find a node that runs."""
-    faults = (UsageError,) if is_lenient else ()
-    parser = configparser.RawConfigParser(
-        default_section="\0", strict=not is_lenient, allow_no_value=is_lenient
-    )
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
-    with contextlib.suppress(*faults):
-        if path:
-            read_sections(path, parser)
+    *sections*: what to use of the file instead of all.  Raises UsageError, naming file,
+    section, key, value and the remedy."""
     given = {name: ("", default) for name, (default, _) in NODE_KEYS.items()}
     actions: dict[str, Json] = {}
-    for section in parser.sections():
-        where, items = f"{path}: [{section}]", parser.items(section)
+    for section, pairs in (sections or read_sections(path)).items():
+        where, items = f"{path}: [{section}]", pairs.items()
         if section == "node":
-            given.update({name: (where, value or "") for name, value in items})
+            given.update({name: (where, value) for name, value in items})
         elif section.startswith("action ") and ACTION_NAME.fullmatch(section[7:]):
-            with contextlib.suppress(*faults):
-                actions[section[7:]] = {
-                    name: parse_value(where, name, text, ACTION_KEYS)
-                    for name, text in items
-                }
-        elif not is_lenient:
+            actions[section[7:]] = {
+                name: parse_value(where, name, text, ACTION_KEYS)
+                for name, text in items
+            }
+        else:
             known = nearest(section, ["node", "action NAME"])
             raise UsageError(f"{where}: unknown section: {known}")
     given.update({name: (COMMAND_LINE, value.strip()) for name, value in settings})
-    config = Config({"file": path, "settings": settings, "actions": actions})
-    for name, (default, (_, convert)) in NODE_KEYS.items() if is_lenient else ():
-        setattr(config, name, convert(default) if default else None)
+    config = Config(file=path, settings=settings, actions=actions, is_job=False)
     for name, (where, value) in given.items():
-        with contextlib.suppress(*faults):
-            setattr(config, name, parse_value(where, name, value, NODE_KEYS))
+        setattr(config, name, parse_value(where, name, value, NODE_KEYS))
     config.warnings = []
-    with contextlib.suppress(*faults):
-        complete_config(config, given)
+    complete_config(config, given)
     return config
 
 
+def find_config_of_node(path: str | None, settings: list[tuple[str, str]]) -> Config:
+    """Load the configuration as far as a node that runs is found by it: faults in other
+    keys do not matter.  Raises UsageError."""
+    try:
+        return load_config(path, settings)
+    except UsageError:
+        parser = new_parser(strict=False)
+        with contextlib.suppress(OSError, configparser.Error), open(
+            path or os.devnull, encoding="utf-8-sig", errors="replace"
+        ) as file:
+            parser.read_file(file)
+        if not parser.has_section("node"):
+            raise
+        pairs = dict(parser.items("node")).items()
+        for keys in (KEYS_OF_COMMANDS, KEYS_OF_COMMANDS[:1]):
+            with contextlib.suppress(UsageError):
+                node = {name: value for name, value in pairs if name in keys}
+                return load_config(path, settings, {"node": node})
+        raise
+
+
 def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
-    """Fill in what follows from the machine and from other keys, and check the keys
-    together.  *given*: the place of each key ("" for a default), and its text."""
+    """Derive defaults from the machine and from other keys, and check combinations.
+
+    *given*: the place of each key ("" for a default), and its text."""
 
     def refuse(name: str, sentence: str) -> None:
         where, text = given[name]
@@ -706,11 +720,8 @@ def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
     try:
         HOST[1](config.host)
     except ValueError:
-        wrong = (
-            f'this machine\'s name, "{config.host}", is not one that central can dial'
-        )
-        refuse("host", f"{wrong}: set host to one, or to an address")
-    config.allow = config.allow or []
+        wrong = f'this machine\'s name, "{config.host}", is not one that central can'
+        refuse("host", f"{wrong} dial: set host to one, or to an address")
     config.disabled_actions = config.disabled_actions or []
     if config.max_workers is None:
         config.max_workers = processors()
@@ -783,7 +794,7 @@ REPORTED, WITHDRAWN_LINE = b"reported", b"withdrawn"
 
 
 class OddRecord(Exception):
-    """The record is not one of this program's."""
+    """The file is not a unit record of this program."""
 
 
 class Outcome:
@@ -837,11 +848,10 @@ class Record:
                 if words[0] == b"pid":
                     self.pid, self.started = int(words[1]), float(words[2])
                 elif match and set(strict_json(match[3].decode())) == {"output"}:
-                    self.outcome = Outcome(
-                        match[1].decode(), match[2].decode(), match[3]
-                    )
+                    status, seconds = match[1].decode(), match[2].decode()
+                    self.outcome = Outcome(status, seconds, match[3])
         self.reported = REPORTED in lines
-        # It may follow on what a worker was writing when it was killed.
+        # The line may begin with the remains of one that a killed worker was writing.
         self.withdrawn = any(line.endswith(WITHDRAWN_LINE) for line in lines)
 
 
@@ -849,8 +859,8 @@ def record_head(request: Json, central: str) -> Json:
     """Return the head of the record of a unit that *central* (a URL) has sent."""
     text = json.dumps(request, sort_keys=True)
     label = request["input"]
-    if is_url(label):  # the file's name: a query may hold secrets
-        path = without_password(label).partition("?")[0].rstrip("/")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/\S+\Z", label):  # a file's name
+        path = without_secrets(label).rstrip("/")
         label = percent_decoded(path.rpartition("/")[2]).decode("utf-8", "replace")
     return {
         **{key: request[key] for key in ("id", "job_id", "action", "attempts")},
@@ -874,8 +884,9 @@ def is_locked(path: str) -> bool:
 
 
 def append_line(path: str, line: bytes) -> None:
-    """Append *line* to the record at *path*, which may end in the middle of a line; the
-    empty line that it may leave is ignored.  Raises OSError."""
+    """Append *line* to the record at *path*.  Raises OSError.
+
+    The newline before ends a line that is incomplete; empty lines are ignored."""
     with open(os.open(path, os.O_WRONLY | os.O_APPEND), "ab", 0) as file:
         write_all(file.fileno(), b"\n" + line + b"\n")
 
@@ -887,8 +898,8 @@ def append_line(path: str, line: bytes) -> None:
 
 
 class AssetStore:
-    """Keeps files under names that the caller chooses.  The node and --check call check
-    and warnings, workers save; it is created in the fork server, to import modules."""
+    """Stores files under given names.  Workers call save(), the node and --check the
+    others.  The fork server creates it, to have its imports done before the forks."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -902,20 +913,8 @@ class AssetStore:
         return []
 
     def save(self, local_path: str, save_path: str) -> str:
-        """Store *local_path* as *save_path*, atomically, and return its URL.  Raises
-        OSError."""
+        """Store *local_path* as *save_path*, atomically, and return its URL."""
         raise NotImplementedError
-
-
-TEMPORARY_DIRECTORIES = ("/tmp/", "/var/tmp/", "/private/tmp/", "/private/var/tmp/")
-
-
-def temporary_warnings(name: str, path: str) -> list[str]:
-    """Return a warning where *path*, the value of *name*, is emptied now and then."""
-    if not f"{os.path.realpath(path)}/".startswith(TEMPORARY_DIRECTORIES):
-        return []
-    where = f"{path} is in a directory that the system empties now and then"
-    return [f"{name}: {where}, which loses units and results: choose another"]
 
 
 class FilesystemStore(AssetStore):
@@ -932,7 +931,7 @@ class FilesystemStore(AssetStore):
 
     def warnings(self) -> list[str]:
         path = self.config.local_storage_path
-        found = temporary_warnings("local_storage_path", path)
+        found = []
         if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
             danger = f"others can write to {path}, and could put links there"
             found.append(f"local_storage_path: {danger}: chmod go-w {path}")
@@ -1106,8 +1105,8 @@ class S3Store(AssetStore):
 
 
 def web_opener(*handlers: Any) -> urllib.request.OpenerDirector:
-    """Return an opener of URLs with the environment's proxies alone: macOS's settings
-    can't be read after a fork."""
+    """Return an opener of URLs that uses the proxies of the environment.  (urllib also
+    asks macOS for its settings, which crashes after a fork.)"""
     import http.client
     import urllib.request
 
@@ -1192,13 +1191,10 @@ class Action:
                     raise OSError(errno.EINVAL, "is not a regular file", source)
                 copy_file(source, path)
         except (OSError, ValueError, EOFError) as error:
-            reason = getattr(error, "reason", None)  # of a URLError
-            reason = getattr(
-                reason if isinstance(reason, OSError) else error, "strerror", 0
-            )
-            text = re.sub(r"^<urlopen error (.*)>$", r"\1", str(error), flags=re.DOTALL)
-            what = without_password(url)
-            raise ActionFailed(f"can't download {what}: {reason or text}") from error
+            cause = error if hasattr(error, "code") else getattr(error, "reason", error)
+            reason = getattr(cause, "strerror", None) or cause
+            what = without_secrets(url)
+            raise ActionFailed(f"can't download {what}: {reason}") from error
         return path
 
     def save(self, path: str) -> str:
@@ -1232,15 +1228,15 @@ def download_from_web(url: str, path: str) -> None:
         url = without_password(url)
         passwords = urllib.request.HTTPPasswordMgrWithPriorAuth()
         name, _, word = os.fsdecode(percent_decoded(user[1])).partition(":")
-        passwords.add_password(
-            None, url.partition("?")[0], name, word, is_authenticated=True
-        )
+        server = re.sub(r"\A([^/]*//[^/?#]*).*", r"\1/", url, flags=re.DOTALL)
+        passwords.add_password(None, server, name, word, is_authenticated=True)
         handlers.append(urllib.request.HTTPBasicAuthHandler(passwords))
     request = urllib.request.Request(url, headers={"User-Agent": "crowdnode"})
     try:
         with web_opener(*handlers).open(request, timeout=TRANSFER_TIMEOUT) as reply:
-            header = (reply.headers.get("Content-Encoding") or "").lower()
-            encoding = ", ".join(set(word_list(header)) - {"identity"})
+            header = ", ".join(reply.headers.get_all("Content-Encoding") or [])
+            words = [word for word in word_list(header.lower()) if word != "identity"]
+            encoding = ", ".join(words)
             source: Any = reply
             if encoding in ("gzip", "x-gzip"):
                 source = gzip.GzipFile(fileobj=reply)
@@ -1255,8 +1251,9 @@ def download_from_web(url: str, path: str) -> None:
     except (http.client.HTTPException, zlib.error) as error:
         raise OSError(f"{type(error).__name__}: {error}") from None
     # http.client counts down, unless the body comes in chunks; ftp does not count.
-    announced = int(reply.headers["Content-Length"] or size)
-    missing = reply.length if hasattr(reply, "length") else announced - size
+    missing = getattr(reply, "length", None)
+    if not hasattr(reply, "length"):
+        missing = int(reply.headers["Content-Length"] or size) - size
     if missing:
         raise OSError(f"it is cut short: {missing} bytes are missing")
 
@@ -1306,9 +1303,8 @@ class ExecutableAction(Action):
         request = {"stage": stage, **{name: getattr(self, name) for name in names}}
         environment = dict(os.environ)
         for name in ("stage", *names[:3]):
-            value = request[name]
+            value = "" if request[name] is None else request[name]
             text = value if isinstance(value, str) else to_json(value)
-            text = "" if value is None else text
             if "\0" not in text and len(os.fsencode(text)) < ENVIRONMENT_LIMIT:
                 environment[f"CROWDNODE_{name.upper()}"] = text
         try:
@@ -1367,19 +1363,21 @@ def run_program(
 def interpreter_problem(path: str) -> str | None:
     """Return why the kernel would not start the program at *path* (it says "No such
     file or directory", though the file is there), or None.  Raises OSError."""
-    if not os.path.exists(path):
-        return None
-    with open(path, "rb") as file:
+    line = b"\0"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         line = file.readline(256)
-    if not line.startswith(b"#!"):
+    words = os.fsdecode(line[2:]).split()
+    if not line.startswith(b"#!") or not words:
         is_text = b"\0" not in line  # machine code has zeros at once
         return "it needs a first line such as #!/bin/sh" if is_text else None
-    interpreter = os.fsdecode(line[2:]).strip(" \t\n")
     if line.endswith(b"\r\n"):
-        remedy = f"sed -i 's/\\r$//' {path}"
-        return f"its first line asks for {interpreter!r}, as Windows ends it: {remedy}"
-    is_there = os.path.exists(interpreter.split(" ")[0])
-    return None if is_there else f"its interpreter {interpreter} does not exist"
+        shown, remedy = repr(os.fsdecode(line[2:-1])), f"sed -i 's/\\r$//' {path}"
+        return f"its first line asks for {shown}, as Windows ends it: {remedy}"
+    by_name = os.path.basename(words[0]) == "env" and len(words) == 2
+    if by_name and not program_path(words[1]):
+        return f"its interpreter {words[1]} is not found in PATH"
+    is_there = os.path.exists(words[0])
+    return None if is_there else f"its interpreter {words[0]} does not exist"
 
 
 # Where programs are that the short PATH of cron and launchd lacks.
@@ -1436,7 +1434,6 @@ class ActionLoader:
         self.config = config
         self.built_in = built_in
         self.problems: list[tuple[str, str]] = []
-        self.paths: list[str] = []  # of the files of actions
 
     def load(self) -> dict[str, type[Action]]:
         """Return all actions that load, by name.
@@ -1452,11 +1449,11 @@ class ActionLoader:
         actions: dict[str, type[Action]] = {}
         origin: dict[str, str] = {}
         try:
-            self.paths = self._candidates()
+            paths = self._candidates()
         except OSError as error:
             self._add("error", f"actions_path: {error}")
             return {}
-        for path in self.paths:
+        for path in paths:
             name = os.path.splitext(os.path.basename(path))[0]
             try:
                 if name in origin:
@@ -1510,11 +1507,10 @@ class ActionLoader:
             if name.endswith(".py") or os.access(path, os.X_OK):
                 found.append(path)
                 continue
-            with open(path, "rb") as file:
+            with contextlib.suppress(OSError), open(path, "rb") as file:
                 if file.read(2) == b"#!":
-                    self._add(
-                        "warning", f"{path} is left out: not executable (chmod +x)"
-                    )
+                    sentence = f"{path} is left out: not executable (chmod +x)"
+                    self._add("warning", sentence)
         return found
 
     def _load(self, name: str, path: str) -> type[Action]:
@@ -1538,14 +1534,7 @@ class ActionLoader:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec and spec.loader  # it ends in .py
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-        before = running_threads()
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            for thread in sorted(running_threads() - before):
-                hint = "workers do not have it: start it in process()"
-                what = f"{path} starts the thread {thread} when it is imported"
-                self._add("warning", f"{what}; {hint}")
+        spec.loader.exec_module(module)
         base, values = sys.modules["crowdnode"].Action, vars(module).values()
         found = [v for v in values if isinstance(v, type) and issubclass(v, base)]
         found = [action for action in found if action.__module__ == module_name]
@@ -1556,33 +1545,29 @@ class ActionLoader:
         if "process" not in stages:
             raise ImportError(f"its class {action.__name__} must define process")
         for stage in stages:
-            method = getattr(action, stage)
-            code = getattr(method, "__code__", None)  # none: a callable of another kind
-            if code and code.co_argcount - len(method.__defaults__ or ()) != 1:
+            owner = next(base for base in action.__mro__ if stage in vars(base))
+            method = vars(owner)[stage]
+            if not isinstance(method, types.FunctionType):
+                continue
+            code, takes_any = method.__code__, method.__code__.co_flags & 4  # *args
+            needed = code.co_argcount - len(method.__defaults__ or ())
+            if needed != 1 and not takes_any:
                 names = ", ".join(code.co_varnames[: code.co_argcount])
                 wrong = f"{stage}({names}) must be {stage}(self)"
                 raise ImportError(f"{wrong}: the input is self.input")
         return action
 
 
-def running_threads() -> set[str]:
-    """Return the names of this process's threads but the first."""
-    threading = sys.modules.get("threading")
-    if not threading:
-        return set()
-    return {thread.name for thread in threading.enumerate()} - {"MainThread"}
-
-
 FRAMES_SHOWN = 10  # of a traceback, in a failure's message
 
 
 def frames_in(error: BaseException, path: str) -> str:
-    """Return the frames of *error*, outermost first, in the directory of *path*."""
-    frames, traceback = [], error.__traceback__
+    """Return the frames of *error*, outermost first, below the directory of *path*."""
+    frames, traceback, directory = [], error.__traceback__, os.path.dirname(path) + "/"
     while traceback:
         code = traceback.tb_frame.f_code
-        directory, name = os.path.split(code.co_filename)
-        if path and directory == os.path.dirname(path):
+        if path and code.co_filename.startswith(directory):
+            name = code.co_filename[len(directory) :]
             frames.append(f"{name}, line {traceback.tb_lineno}, in {code.co_name}")
         traceback = traceback.tb_next
     return f" ({'; '.join(frames[-FRAMES_SHOWN:])})" if frames else ""
@@ -1817,11 +1802,9 @@ class WorkerSettings:
         if self.memory or file_limit:
             import resource  # for the workers, too
 
-            pairs = (
-                (resource.RLIMIT_DATA, self.memory),
-                (resource.RLIMIT_FSIZE, file_limit),
-            )
-            self.limits = [(name, int(size * MEGABYTE)) for name, size in pairs if size]
+            data, size = resource.RLIMIT_DATA, resource.RLIMIT_FSIZE
+            pairs = ((data, self.memory), (size, file_limit))
+            self.limits = [(name, int(mb * MEGABYTE)) for name, mb in pairs if mb]
 
     def set_limits(self, lift: bool = False) -> None:
         """Restrict this process by soft limits, or *lift* them to write the outcome."""
@@ -1836,14 +1819,16 @@ class WorkerSettings:
 class Worker:
     """Runs one work unit, in a process of its own.
 
-    Created before the fork.  Between fork and action it keeps to plain system calls:
-    each of Python's objects that is touched copies its page.
+    Created before the fork.  Between fork and action it makes few Python calls: each
+    object that it touches copies a page of memory.
 
     record, output: descriptors; the record's holds its lock."""
 
     def __init__(self, unit: Json, settings: WorkerSettings, path: str) -> None:
         self.unit = unit
         self.settings = settings
+        place = settings.config.temp_storage_path
+        self.directory = f"{place}/{unit['action']}/unit_{unit['id']}"
         self.path = path  # of the record
         self.record = self.output = -1
         self.began = time.monotonic()
@@ -1851,9 +1836,7 @@ class Worker:
         self.timed_out = False  # for the fork server
 
     def create_record(self, head: str) -> None:
-        """Create the record, and lock it; *head* is JSON text.
-
-        Raises OSError, FileExistsError where there is a record of that name."""
+        """Create and lock the record; *head* is JSON text.  Raises OSError."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         self.record = os.open(self.path, flags | os.O_EXCL, 0o600)
         fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1878,16 +1861,13 @@ class Worker:
             os.nice(self.settings.nice)
             self.settings.set_limits()
         except OSError as error:
-            self._write_outcome(
-                "failed", failure(f"the worker can't be set up: {error}")
-            )
+            reason = f"the worker can't be set up: {error}"
+            self._write_outcome("failed", failure(reason))
             return False
-        try:  # the first to go when memory runs out
+        with contextlib.suppress(OSError):  # the first to go when memory runs out
             score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(score, b"1000")
             os.close(score)
-        except OSError:
-            pass
         become_subreaper()
         status = "succeeded"
         try:
@@ -1897,7 +1877,7 @@ class Worker:
         if self.settings.action:  # else its name may not be a plain one
             with contextlib.suppress(OSError):  # the node removes what is not empty
                 os.chdir("/")
-                os.rmdir(self._directory())
+                os.rmdir(self.directory)
         with contextlib.suppress(OSError, ValueError):  # the action has closed it
             if self.unit["options"].get("benchmark") is True:
                 user, system, child_user, child_system, _ = os.times()
@@ -1907,10 +1887,6 @@ class Worker:
             sys.stdout.flush()
         self._write_outcome(status, output)
         return status == "succeeded"
-
-    def _directory(self) -> str:
-        config, unit = self.settings.config, self.unit
-        return f"{config.temp_storage_path}/{unit['action']}/unit_{unit['id']}"
 
     def _run_action(self) -> bytes:
         """Return the action's output, as JSON.  What it raises fails the unit."""
@@ -1922,24 +1898,17 @@ class Worker:
             raise ActionFailed(f"this node has no action named {unit['action']}")
         if getattr(action, stage, None) is None:
             raise ActionFailed(f"the action {unit['action']} does not define {stage}")
-        options = {
-            **unit["options"],
-            "job_id": unit["job_id"],
-            "work_unit_id": unit["id"],
-            "attempts": unit["attempts"],
-        }
-        directory = self._directory()
-        self._enter(directory)
-        task = action(unit["input"], options, settings.store, directory)
+        options = {**unit["options"], "work_unit_id": unit["id"]}
+        options.update(job_id=unit["job_id"], attempts=unit["attempts"])
+        self._enter(self.directory)
+        task = action(unit["input"], options, settings.store, self.directory)
         result = getattr(task, stage)()
         if stage == "split" and not isinstance(result, (list, tuple)):
             raise ActionFailed(f"split must return a list, not {type(result).__name__}")
         output, limit = encode_output(result), settings.config.max_request_size
         if len(output) > limit * MEGABYTE:
-            size = f"{len(output) / MEGABYTE:.1f} MB"
-            raise ActionFailed(
-                f"the output has {size}; max_request_size is {limit:g} MB"
-            )
+            sizes = f"{len(output) / MEGABYTE:.1f} MB; max_request_size is {limit:g} MB"
+            raise ActionFailed(f"the output has {sizes}")
         return output
 
     def _enter(self, directory: str) -> None:
@@ -1962,13 +1931,16 @@ class Worker:
             return str(error)
         traceback = error.__traceback__
         while traceback and traceback.tb_frame.f_code.co_filename == PROGRAM:
-            traceback = traceback.tb_next  # frames of ours help nobody
-        sys.excepthook(type(error), error, traceback)
+            traceback = traceback.tb_next  # frames of ours help no one
+        if not self.settings.config.is_job:  # --run shows the frames below
+            shown = error.with_traceback(traceback)
+            sys.excepthook(type(error), shown, traceback)
         module = sys.modules.get(getattr(self.settings.action, "__module__", ""))
         where = frames_in(error, getattr(module, "__file__", None) or "")
         if isinstance(error, MemoryError) and self.settings.memory:
             where += f"; memory_limit is {self.settings.memory:g} MB"
-        return f"{type(error).__name__}: {error}{where}"
+        text = f"{type(error).__name__}: {error}".rstrip(": ")
+        return f"{text}{where}"
 
     def _write_outcome(self, status: str, output: bytes) -> None:
         """Append the outcome to the record, or at least that it can't be written."""
@@ -1985,9 +1957,9 @@ class Worker:
             write_all(self.record, outcome.line() + b"\n")
 
     def _find_record(self) -> None:
-        """Open the record again, where the action has closed its descriptor.
+        """Reopen the record if the action has closed its descriptor.
 
-        By now the file of that name may be the next attempt's.  Raises OSError."""
+        Raises OSError if the file of that name belongs to a later attempt."""
         for is_closed in (False, True):
             with contextlib.suppress(OSError):
                 if is_closed:
@@ -1998,7 +1970,7 @@ class Worker:
 
 
 def discard_directory(config: Config, path: str) -> None:
-    """Move a directory to where the node's monitor removes it: that may take long."""
+    """Move a directory to TRASH; the monitor removes it, which may take long."""
     trash = os.path.join(config.temp_storage_path, TRASH)
     make_private_directory(trash)
     with contextlib.suppress(OSError):
@@ -2047,8 +2019,8 @@ def encode_output(result: Any) -> bytes:
 #     ["started", id, pid, start by boot_clock]  ["rejected", id, reason]
 #     ["ended", id, wait status, timed out]
 #
-# What it touches between two forks is copied, and belongs to the worker: a quick path
-# here makes workers small as well.
+# Memory that the fork server writes between two forks is copied for the worker, so a
+# short path here also keeps workers small.
 # ---------------------------------------------------------------------------
 
 LOOK_INTERVAL = 0.1  # seconds between looks at what workers have left running
@@ -2068,7 +2040,7 @@ class ForkServer:
         import select
 
         self.channel = channel
-        config = Config(configuration["config"])
+        config = Config(**configuration["config"])
         THIS_MACHINE.update(configuration["machine"])
         self.units_path = config.units_path
         self.node_is_there = True
@@ -2084,10 +2056,6 @@ class ForkServer:
             name: WorkerSettings(name, action, config, store)
             for name, action in actions.items()
         }
-        if running_threads():
-            import warnings  # the loader has a better warning for it
-
-            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
         become_subreaper()
         self.own_children = child_pids()  # processes that modules have started
         self.wake, self.wake_writer = os.pipe()
@@ -2115,11 +2083,9 @@ class ForkServer:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
     def send(self, message: str) -> None:
-        """Send a message to the node.  If it has gone, the disk has all it needs."""
-        try:
+        """Send a message; a node that has died needs none: the next reads records."""
+        with contextlib.suppress(ConnectionError):
             self.channel.sendall(message.encode() + b"\n")
-        except ConnectionError:
-            pass
 
     def serve(self) -> None:
         """Run until the node has gone and the last worker has ended."""
@@ -2213,7 +2179,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             for descriptor in self.descriptors:
                 os.close(descriptor)
-            if worker.run():  # the node tells quick failures by the status
+            if worker.run():  # the status tells the node whether it failed (ReportHold)
                 code = EXIT_OK
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -2226,11 +2192,12 @@ class ForkServer:
             kill_group(pid, signal.SIGKILL)
             self.workers.pop(pid, None)  # its end must not be reported
             self.deadlines.pop(pid, None)
-        with contextlib.suppress(OSError):
-            # Should the record stay: it may hold a pid, and so look accepted.
-            append_line(worker.path, WITHDRAWN_LINE)
+        try:
             remove_file(worker.path)
             remove_file(f"{worker.path}.out")
+        except OSError:  # it may hold a pid, and so look accepted
+            with contextlib.suppress(OSError):
+                append_line(worker.path, WITHDRAWN_LINE)
 
     def reap(self) -> None:
         """Report the end of every worker that has ended; end its process group.
@@ -2256,10 +2223,8 @@ class ForkServer:
                 self.deadlines.setdefault(ORPHANS, time.monotonic() + LOOK_INTERVAL)
                 worker = self.workers.pop(pid, None)
                 if worker:
-                    timed_out = "true" if worker.timed_out else "false"
-                    self.send(
-                        f'["ended", "{worker.unit["id"]}", {status}, {timed_out}]'
-                    )
+                    id, late = worker.unit["id"], str(worker.timed_out).lower()
+                    self.send(f'["ended", "{id}", {status}, {late}]')
 
     def end_orphans(self) -> None:
         """Kill daemons that ended units have left running."""
@@ -2267,11 +2232,6 @@ class ForkServer:
         for pid in child_pids().difference(self.workers, self.own_children):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def run_fork_server(channel: socket.socket, configuration: Json) -> None:
-    """Run a fork server until it ends.  Its errors go to fork_server.out."""
-    ForkServer(channel, configuration).serve()
 
 
 # ---------------------------------------------------------------------------
@@ -2287,7 +2247,7 @@ FORM_SAFE = b"% ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-.
 
 
 class CentralError(Exception):
-    """A call that central did not take.
+    """A request to central that failed.
 
     status: of its answer, None without one; unreached: there was no connection."""
 
@@ -2390,7 +2350,7 @@ class CentralServer:
         """Return the pids that central believes to be running on this node.
 
         Source: protocol.md, "0.7 records the pid"."""
-        body, _ = self._call("GET", "/status", None, self.config.central_timeout)
+        body = self._call("GET", "/status", None, self.config.central_timeout)
         name = self.name("0.5")
         try:
             nodes = [node for node in json.loads(body)["nodes"] if node["host"] == name]
@@ -2398,14 +2358,14 @@ class CentralServer:
         except (ValueError, KeyError, TypeError) as error:
             raise CentralError(f"GET /status: not understood: {error!r}") from None
 
-    def heartbeat(self) -> tuple[bytes, str | None]:
-        """Return the beginning of central's heartbeat, and its header Date."""
+    def heartbeat(self) -> bytes:
+        """Return the beginning of central's heartbeat."""
         return self._call("GET", "/heartbeat", None, self.config.central_timeout)
 
     def _call(
         self, method: str, path: str, fields: Fields | None, timeout: float
-    ) -> tuple[bytes, str | None]:
-        """Make one request; return the body of a GET, and the header Date."""
+    ) -> bytes:
+        """Make one request; return the body of a GET."""
         config, data = self.config, form_encoded(fields) if fields else None
         headers = {"User-Agent": f"crowdnode/{__version__}"}
         if config.http_authentication:
@@ -2414,9 +2374,8 @@ class CentralServer:
         try:
             with self.opener.open(request, timeout=timeout) as reply:
                 # A 2xx says it all, whatever becomes of the body.
-                body = reply.read(STATUS_LIMIT) if method == "GET" else b""
                 self.error = None
-                return body, reply.headers["Date"]
+                return reply.read(STATUS_LIMIT) if method == "GET" else b""
         except urllib.error.HTTPError as error:
             error.close()
             sentence = f"it answered {error.code} {error.reason}"
@@ -2426,10 +2385,9 @@ class CentralServer:
                 sentence += f": check {names}login and password in {place}"
             failed = CentralError(sentence, error.code)
         except urllib.error.URLError as error:
-            refused = isinstance(
-                error.reason, (ConnectionRefusedError, socket.gaierror)
-            )
-            failed = CentralError(str(error.reason), unreached=refused)
+            reason = error.reason
+            refused = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
+            failed = CentralError(str(reason), unreached=refused)
         except Exception as error:
             failed = CentralError(f"{type(error).__name__}: {error}")
         self.error = str(failed)
@@ -2466,7 +2424,6 @@ SCRAPE_LINUX_AVAILABLE = re.compile(r"MemAvailable:\s+(\d+) kB")
 SCRAPE_MAC_MEMORY = re.compile(r"Pages free:\s+(\d+).")
 SCRAPE_MAC_PAGE = re.compile(r"page size of (\d+) bytes")
 SCRAPE_DEADLINE = 5  # seconds for uptime and vm_stat
-CLOCK_TOLERANCE = 60  # seconds that this machine's clock may differ from central's
 RETRY_WAIT, RETRY_WAIT_LIMIT = 5, 60  # seconds; doubled at each failure
 OTHER_MACHINE_AGE = 60  # seconds since node.pid was touched
 LOG_SIZE, LOGS_KEPT = 10 * MEGABYTE, 5
@@ -2540,11 +2497,9 @@ def prepare_directories(config: Config) -> None:
                 continue  # a full disk keeps no node from starting
             raise CrowdError(f"{name}: can't use {path}: {error.strerror}") from None
         if insecure:
-            raise CrowdError(
-                f"{name}: others can write to {insecure}, and so could have units "
-                "write elsewhere: choose or make a directory that only this user can "
-                "write to"
-            )
+            danger = f"others can write to {insecure}, and change what units write"
+            remedy = "choose or make a directory that only this user can write to"
+            raise CrowdError(f"{name}: {danger}: {remedy}")
 
 
 def check_storage(config: Config) -> None:
@@ -2552,10 +2507,8 @@ def check_storage(config: Config) -> None:
     try:
         STORES[config.storage](config).check()
     except OSError as error:
-        sentence = (
-            f"storage = {config.storage}: can't be used: {error.strerror or error}"
-        )
-        raise CrowdError(sentence) from None
+        wrong = f"can't be used: {error.strerror or error}"
+        raise CrowdError(f"storage = {config.storage}: {wrong}") from None
 
 
 def preflight_warnings(config: Config) -> list[str]:
@@ -2564,10 +2517,6 @@ def preflight_warnings(config: Config) -> list[str]:
     with contextlib.suppress(OSError):
         if os.stat(path).st_mode & 0o077:
             found.append(f"state_path: others can look into {path}: chmod 700 {path}")
-        if os.stat(PROGRAM).st_mtime > time.time() + CLOCK_TOLERANCE:
-            found.append(f"clock: it is before the date of {PROGRAM}")
-    for name in ("state_path", "temp_storage_path"):
-        found += temporary_warnings(name, getattr(config, name))
     return found + STORES[config.storage](config).warnings()
 
 
@@ -2603,7 +2552,7 @@ log = logging.Logger("node")
 
 
 def make_printable(record: logging.LogRecord) -> bool:
-    """Keep the text of units from forging log lines or controlling a terminal."""
+    """Escape control characters and indent further lines: a filter of the log."""
     text = record.getMessage().encode("utf-8", "backslashreplace").decode()
     if not text.isprintable():
         text = text.replace("\n", "\n    ")
@@ -2660,9 +2609,7 @@ def log_output(source: str, data: bytes) -> None:
 
 
 def lock_file(path: str) -> int | None:
-    """Return a descriptor of the file, locked; None where another process has it.
-
-    Raises OSError."""
+    """Return a locked descriptor of *path*, None if it is taken.  Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2674,7 +2621,7 @@ def lock_file(path: str) -> int | None:
 
 
 class NodeLock:
-    """node.pid: locked while the node lives, whatever ends it.
+    """The lock file node.pid.  The kernel releases the lock when the node ends.
 
     Its first line is the node's pid, its second a JSON object: the identity of the
     process, its port, and the name under which it has checked in.  *earlier* is what
@@ -2684,6 +2631,7 @@ class NodeLock:
         self.config = config
         self.path = config.state_file("node.pid")
         self.descriptor = -1
+        self._write_lock = threading.Lock()
         self.earlier: Json = {}
         self.content: Json = {}
 
@@ -2696,14 +2644,12 @@ class NodeLock:
         try:
             make_private_directory(self.config.state_path)
             self.refuse_other_machine()
-            descriptor = lock_file(self.path)
-            while descriptor is None and time.monotonic() < deadline:
+            while (descriptor := lock_file(self.path)) is None:
+                if time.monotonic() >= deadline:
+                    return False
                 time.sleep(0.02)
-                descriptor = lock_file(self.path)
         except OSError as error:
             raise self._unusable(error) from None
-        if descriptor is None:
-            return False
         self.descriptor, self.earlier = descriptor, self.read()
         self.write(checked_in=self.earlier.get("checked_in"))
         return True
@@ -2740,19 +2686,20 @@ class NodeLock:
 
     def write(self, **changes: Any) -> None:
         """Write who the node is, and *changes*.  A full disk is a warning."""
-        self.content = {**self.content, **THIS_MACHINE, **changes}
-        with contextlib.suppress(OSError):
-            self.content["started"] = start_of_process(os.getpid())
-        try:
-            data = f"{os.getpid()}\n{json.dumps(self.content)}\n".encode()
-            os.pwrite(self.descriptor, data, 0)  # in place: the file has its block
-            os.ftruncate(self.descriptor, len(data))
-        except OSError as error:
-            log.warning("can't write %s: %s", self.path, error)
+        with self._write_lock:
+            self.content = {**self.content, **THIS_MACHINE, **changes}
+            with contextlib.suppress(OSError):
+                self.content["started"] = start_of_process(os.getpid())
+            try:
+                data = f"{os.getpid()}\n{json.dumps(self.content)}\n".encode()
+                os.pwrite(self.descriptor, data, 0)  # in place: the file has its block
+                os.ftruncate(self.descriptor, len(data))
+            except OSError as error:
+                log.warning("can't write %s: %s", self.path, error)
 
     def touch(self) -> bool:
-        """Show other machines that this node lives; make the file anew where it has
-        been deleted.  Returns False where another node has made it meanwhile."""
+        """Update the file's time, which other machines check; recreate a deleted file.
+        Returns False if another node has done so."""
         with contextlib.suppress(OSError):
             is_there = os.path.exists(self.path)
             same = is_there and os.path.samestat(
@@ -2762,7 +2709,7 @@ class NodeLock:
                 descriptor = lock_file(self.path)
                 if descriptor is None:
                     return False
-                log.warning("%s was deleted under this node; made anew", self.path)
+                log.warning("%s was deleted under this node; recreated", self.path)
                 os.close(self.descriptor)
                 self.descriptor = descriptor
         self.write()
@@ -2911,7 +2858,7 @@ sys.modules["crowdnode"] = module
 exec(compile(source, sys.argv[2], "exec"), module.__dict__)
 del source
 module.call_c("malloc_trim", 0)
-module.run_fork_server(channel, configuration)
+module.ForkServer(channel, configuration).serve()
 """
 END_OF_FORK_SERVER = b"\n# The end of what the fork server executes.\n"
 
@@ -2919,8 +2866,8 @@ END_OF_FORK_SERVER = b"\n# The end of what the fork server executes.\n"
 class Unit:
     """A unit that this node has accepted, until central has taken its outcome.
 
-    STARTING: its worker is being forked; RUNNING; ENDED: its outcome waits for its
-    report; WITHDRAWN: it must not be reported; removed when its worker has ended."""
+    STARTING until the fork server reports its pid, RUNNING until the worker ends, ENDED
+    until central has taken the outcome; WITHDRAWN: never reported."""
 
     def __init__(
         self, head: Json, config: Config, fork_server: ForkServerProcess | None
@@ -2943,7 +2890,8 @@ class Unit:
         self.kind = ""  # of its outcome: one of OUTCOMES
         self.reason = ""  # why it failed
         self.is_logged = False
-        # When to report again (monotonic); 0: it is queued, held or being reported.
+        # When to report again (monotonic); 0: queued, held or being reported; None: not
+        # ended, or central has not been told its pid.
         self.due: float | None = None
         self.backoff = Backoff()
         self.refusals = 0  # reports answered with 500, while others were taken
@@ -3103,7 +3051,7 @@ class ForkServerProcess:
 
 
 class Overload:
-    """Why this node refuses work, by kind; calls *over* when the last reason ends."""
+    """The reasons to refuse work, by kind; calls *over* when the last one ends."""
 
     def __init__(self, over: Callable[[], None]) -> None:
         self.over = over
@@ -3137,9 +3085,7 @@ class Overload:
                 self.reasons[kind] = reason
         if reason and not was_known:
             log.warning("refusing work: %s", reason)
-        elif was_known and not reason and self.reasons:
-            log.info("still refusing work: %s", self.reason)
-        elif was_known and not reason:
+        elif was_known and not reason and not self.reasons:
             log.info("accepting work")
             self.over()
 
@@ -3180,19 +3126,14 @@ class Counters:
             self.failed.appendleft(shown)
 
     def add_minute(self, load: float | None, free_memory: int | None) -> None:
-        """Note a tick of the monitor; a minute's last tick goes to the history."""
+        """Add an entry to the history if a minute has passed since the last one."""
         minutes = (time.monotonic() - self._minute_began) / 60
         if minutes >= 1:
             ended = sum(self.outcomes.values())
             rate = round((ended - self._ended_before) / minutes, 2)
-            self.history.append(
-                {
-                    "at": iso_time(time.time()),
-                    "load_average": load,
-                    "free_memory_bytes": free_memory,
-                    "units_per_minute": rate,
-                }
-            )
+            minute: Json = {"at": iso_time(time.time()), "load_average": load}
+            minute.update(free_memory_bytes=free_memory, units_per_minute=rate)
+            self.history.append(minute)
             self._minute_began, self._ended_before = time.monotonic(), ended
 
 
@@ -3211,7 +3152,7 @@ class ReportHold:
         self._found_at = 0.0
         self._held: list[tuple[float, bool, Unit]] = []  # (due, is a success, unit)
         self._lock = threading.Lock()
-        self._timer: threading.Timer | None = None
+        self.timer = PeriodicTimer(self.tick, MONITOR_INTERVAL)
 
     def put(self, unit: Unit) -> None:
         """Release *unit* when its time has come."""
@@ -3222,33 +3163,20 @@ class ReportHold:
             return self.release(unit)
         with self._lock:
             self._held.append((due, is_success, unit))
-            self._arm()
+            is_first = len(self._held) == 1
+        if is_first:
+            self.timer.soon()
         return None
 
     def dispatched(self) -> None:
         """Release the successes: central has sent another unit."""
         self._release_if(lambda due, is_success: is_success)
 
-    def _arm(self) -> None:
-        """Look again soon, as long as something is held."""
-        if self._held and self._timer is None:
-            timer = threading.Timer(HOLD_TICK, self._expire)
-            timer.daemon = True
-            with contextlib.suppress(RuntimeError):  # no thread: the next tick tries
-                timer.start()
-                self._timer = timer
-
-    def _expire(self) -> None:
-        with self._lock:
-            self._timer = None
-        self.tick()
-
-    def tick(self) -> None:
-        """Release what has been held long enough."""
+    def tick(self) -> float | None:
+        """Release what has been held long enough; look again soon if there is more."""
         now = time.monotonic()
         self._release_if(lambda due, is_success: due <= now)
-        with self._lock:
-            self._arm()
+        return HOLD_TICK if self._held else None
 
     def _release_if(self, is_ready: Callable[[float, bool], bool]) -> None:
         with self._lock:
@@ -3268,7 +3196,6 @@ class ReportHold:
         if self.factor > 1 and now - self._found_at > HOLD_MEMORY:
             self._found_at = now
             self.factor = max(1.0, self.factor / 2)
-        self.tick()  # there may have been no thread for the timer
 
 
 class Node:
@@ -3325,14 +3252,13 @@ class Node:
         self.may_be_known = inherited  # to central
         self.is_stopping = self.is_checked_out = self.is_replaced = False
         self.reload_lock = threading.Lock()  # held while a fork server is exchanged
-        # What a shell started before it executed this program; kept over an upgrade.
+        # Children from before this program was executed by a shell: never killed.
         earlier = lock.earlier.get("others", []) if inherited else child_pids()
         self.others: set[int] = set(earlier)
         self.unlocked: set[str] = set()  # units whose workers had gone at the last tick
         self.strays: set[int] = set()  # unknown children at the last tick
         self.warned: set[str] = set()  # of what is logged only once
-        self.looked_at = 0.0  # monotonic; at central's /status
-        self.look: threading.Thread | None = None
+        self.look_timer = PeriodicTimer(self.check_reports, STATUS_INTERVAL)
         self.signal_reader, self.signal_writer = os.pipe()
 
     # ---- life, in the seed's order ------------------------------------------
@@ -3389,6 +3315,7 @@ class Node:
         check-in, which therefore comes last.  A process that became another version has
         lost nothing, so it has nothing to release.  Raises CrowdError."""
         self.start_reporters()
+        self.hold.timer.start()
         fork_server = self.start_fork_server(self.config)
         self.use_fork_server(fork_server)
         if self.is_attended:
@@ -3408,18 +3335,17 @@ class Node:
             if not self.inherited:
                 raise self.not_connected(error) from None
             log.warning("%s", self.not_connected(error))
-        self.check_in_timer.start()
-        self.monitor_timer.start()
-        has = "has checked in with"
+        for timer in (self.check_in_timer, self.monitor_timer, self.look_timer):
+            timer.start()
         if not self.central.checked_in_at:
             self.check_in_timer.soon()
-            has = "has not checked in yet with"
+        has = "has checked in" if self.central.checked_in_at else "has yet to check in"
+        actions = ", ".join(self.actions)
         log.info(
-            "crowdnode %s, %s port %d, %s %s; actions: %s", __version__,
-            self.config.host, self.port, has, self.central.url, ", ".join(self.actions),
+            "crowdnode %s, %s port %d, %s with %s; actions: %s", __version__,
+            self.config.host, self.port, has, self.central.url, actions,
         )  # fmt: skip
         if self.inherited:
-            actions = ", ".join(self.actions)
             said = f"going on as version {__version__}; actions: {actions}"
             self.note_reload(True, said)
 
@@ -3438,7 +3364,6 @@ class Node:
             return
         deadline = time.monotonic() + RECOVERY_DEADLINE
         while any(unit.due == 0 for unit in self.waiting()) and not self.is_stopping:
-            self.hold.tick()  # there may be no thread for its timer
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
@@ -3461,9 +3386,7 @@ class Node:
                 self.signal(unit, signal.SIGKILL)
 
     def check_in(self) -> None:
-        """Tell central where this node is and whether it takes work.
-
-        Raises CentralError."""
+        """Check in, and note the name in node.pid.  Raises CentralError."""
         self.central.check_in(bool(self.overload), self.actions)
         name = self.central.name(self.central.dialect)
         self.lock.write(checked_in={"url": self.central.url, "name": name})
@@ -3479,9 +3402,7 @@ class Node:
         return CHECK_IN_INTERVAL
 
     def check_out(self) -> None:
-        """Have central give this node's units to others; report nothing more of them.
-
-        Raises CentralError."""
+        """Check out, and withdraw all units of this central.  Raises CentralError."""
         self.central.check_out()
         self.is_checked_out = True
         self.withdraw_all(self.central.url)
@@ -3492,21 +3413,23 @@ class Node:
         return CrowdError(f"Failed to connect to the central server ({url}). {error}")
 
     def monitor_system(self) -> None:
-        """Look at the machine, the records and the fork server: a tick of the loop."""
+        """Look at the machine, the records and the fork server: a tick of the loop.
+
+        What an error further down must not keep from happening comes first."""
+        if not self.lock.touch():
+            log.error("another node has taken over %s: stopping", self.lock.path)
+            self.wake(signal.SIGTERM)
+        now, waiting = time.monotonic(), self.waiting()
+        self.requeue(unit for unit in waiting if unit.due and unit.due <= now)
+        self.hold.relax(now)
+        self.read_machine()
+        self.counters.add_minute(self.load_average, self.free_memory)
         self.overload.update("disk", self.disk_problem())
         self.overload.update("start", None)
         self.adopt_records()
         self.end_strays()
         self.make_room()
-        self.read_machine()
-        now = time.monotonic()
-        waiting = self.waiting()
-        self.requeue(unit for unit in waiting if unit.due and unit.due <= now)
-        if not self.lock.touch():
-            log.error("another node has taken over %s: stopping", self.lock.path)
-            self.wake(signal.SIGTERM)
-        self.look_at_central()
-        self.counters.add_minute(self.load_average, self.free_memory)
+        self.leave_former_centrals()
         self.remove_stale_directories()  # last: it may take long
 
     def read_machine(self) -> None:
@@ -3589,6 +3512,7 @@ class Node:
             if self.next_signal(0.05) not in (None, 0, signal.SIGHUP):
                 break
         self.monitor_timer.stop()
+        self.look_timer.stop()
         try:
             self.check_out()
         except CentralError as error:
@@ -3624,7 +3548,7 @@ class Node:
                 handler.close()  # it opens its file again with the next line
             try:
                 config = self.load()
-                config.keep_place(self.config)
+                config.keep_fixed_keys(self.config)
                 prepare_directories(config)
                 if self.has_new_version(config):
                     return self.hand_over()
@@ -3634,16 +3558,18 @@ class Node:
                 said = f"not reloaded, everything stays as it was: {error}"
                 log.error("%s", said)
                 return self.note_reload(False, said)
-            old = dict(vars(self.config))
-            changed = [name for name in NODE_KEYS if getattr(config, name) != old[name]]
-            vars(self.config).update(vars(config))  # all parts have this object
+            old, new = vars(self.config), vars(config)
+            changed = [name for name in NODE_KEYS if new[name] != old[name]]
+            old.update(new)  # all parts have this object
             log_problems(("warning", warning) for warning in warnings)
             self.central = self.central_at(config.central_server)
             log.setLevel(config.log_level.upper())
             said = f"reloaded; changed keys: {', '.join(changed) or 'none'}; "
             said += f"actions: {', '.join(self.actions)}"
             log.info("%s", said)
-            self.note_reload(True, "\n".join([said, *config.warnings]))
+            problems = self.fork_server.problems if self.fork_server else []
+            wrong = [text for level, text in problems if level in ("error", "warning")]
+            self.note_reload(True, "\n".join([said, *config.warnings, *wrong]))
             self.check_in_timer.soon()
         try:
             check_storage(config)
@@ -3665,34 +3591,27 @@ class Node:
                 return False
         except OSError:
             return False  # it is just being replaced
-        problem = ""
         for arguments, pattern in (
             # An empty file exits with 0, and so does one without its last lines.
             (["--version"], rb"crowdnode \d[\w.]*\n"),
             ([*config.arguments(), "--status", INHERIT_FLAG, "-1", "-1"], rb"(?s).*"),
         ):
-            try:
-                command = [PYTHON, PROGRAM, *arguments]
-                status, output, errors = run_command(command, LOAD_DEADLINE)
-                is_right = status in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT)
-                if not is_right or not re.fullmatch(pattern, output):
-                    said = errors.decode("utf-8", "replace").strip()
-                    problem = said or f"{arguments[-1]} printed {output[:80]!r}"
-            except OSError as error:
-                problem = str(error)
-        if problem:
-            raise CrowdError(
-                f"{PROGRAM} has been replaced by a version that does not work here: "
-                f"{problem}"
-            )
+            command = [PYTHON, PROGRAM, *arguments]
+            status, output, errors = run_command(command, LOAD_DEADLINE)
+            is_right = status in (EXIT_OK, EXIT_NOT_RUNNING, EXIT_SILENT)
+            if not is_right or not re.fullmatch(pattern, output):
+                said = errors.decode("utf-8", "replace").strip()
+                said = said or f"{arguments[0]} printed {output[:80]!r}"
+                wrong = "has been replaced by a version that does not work here"
+                raise CrowdError(f"{PROGRAM} {wrong}: {said}")
         return True
 
     def hand_over(self) -> None:
         """Finish the requests and reports under way; then the main thread executes the
         new version in this process, with the same pid, lock and listener."""
         log.info("%s has been replaced: going on as the new version", PROGRAM)
-        self.monitor_timer.stop()
-        self.check_in_timer.stop()
+        for timer in (self.monitor_timer, self.check_in_timer, self.look_timer):
+            timer.stop()
         self.finish_requests(HAND_OVER_DEADLINE)
         for _ in self.reporters:
             self.to_report.put(None)
@@ -3703,11 +3622,6 @@ class Node:
         self.wake(0)
 
     # ---- fork servers -------------------------------------------------------
-
-    @property
-    def is_starting(self) -> bool:
-        """Whether no unit is accepted yet."""
-        return "starting" in self.overload.reasons
 
     @property
     def actions(self) -> list[str]:
@@ -3726,15 +3640,12 @@ class Node:
             return fork_server
         fork_server.kill()
         if fork_server.gone:
-            how = f"the fork server died while it loaded: {fork_server.gone}"
-            raise CrowdError(how)
+            raise CrowdError(f"the fork server died while loading: {fork_server.gone}")
         if not in_time:
             raise CrowdError(f"the actions did not load within {LOAD_DEADLINE} s")
         reasons = "".join(f"\n{sentence}" for _, sentence in fork_server.problems)
-        raise CrowdError(
-            f"no action: there is none in {config.actions_path}, and none built in is "
-            f"enabled{reasons}"
-        )
+        where = f"{config.actions_path}, and none built in is enabled"
+        raise CrowdError(f"no action: there is none in {where}{reasons}")
 
     def use_fork_server(self, fork_server: ForkServerProcess) -> None:
         """Give units to *fork_server*; the one before finishes.  Raises CrowdError."""
@@ -3776,7 +3687,7 @@ class Node:
         """Replace the fork server; its workers go on, what was starting is refused."""
         is_current = gone is self.fork_server and not self.is_stopping
         if is_current:
-            log.error("the fork server has gone (%s); starting another", gone.gone)
+            log.error("the fork server died (%s); starting another", gone.gone)
             self.overload.update("fork server", "the fork server is starting")
         with self.changed:
             for unit in list(self.units.values()):
@@ -3810,9 +3721,9 @@ class Node:
         return None
 
     def end_strays(self) -> None:
-        """Kill and reap children that nothing waits for, if they were there at the last
-        tick, too: what a dead fork server's workers have left becomes our child, as do
-        they (see become_subreaper), and after an upgrade the old fork server is one."""
+        """Kill and reap unknown children that were there at the last tick, too: workers
+        of a dead fork server, what these have left running (see become_subreaper), and
+        the fork server of the version before an upgrade."""
         orphans = {unit.worker for unit in list(self.active)}
         strays = child_pids() - own_children - self.others
         for pid in strays & self.strays:
@@ -3831,12 +3742,8 @@ class Node:
         self.hold.dispatched()
         head = record_head(request, self.central.url)
         unit, is_new = self.find_or_add(head)
-        fork_server = unit.fork_server
-        if (
-            is_new
-            and fork_server
-            and not fork_server.send("unit", json.dumps(head), request)
-        ):
+        fork_server, message = unit.fork_server, ("unit", json.dumps(head), request)
+        if is_new and fork_server and not fork_server.send(*message):
             self.reject(unit, "the fork server has gone")
         try:
             pid = unit.pid.result(START_DEADLINE)
@@ -3853,7 +3760,7 @@ class Node:
         return unit
 
     def find_or_add(self, head: Json) -> tuple[Unit, bool]:
-        """Return the unit of *head*, and whether it is new.
+        """Return the unit for *head*, and whether it was added.
 
         The same id and content is the same unit.  Other content supersedes it: central
         sends that only once it has released the first.  Raises NodeOverloaded."""
@@ -3882,15 +3789,14 @@ class Node:
             return unit, True
 
     def refused(self, reason: str) -> None:
-        """Have a reason that ends with a check-in: a unit was refused, so central takes
-        this node for busy until it checks in."""
+        """Count a refusal; have a check-in follow, for central takes us for busy."""
         with self.changed:
             self.counters.refused += 1
         if not self.overload:
             self.overload.update("start", reason)
 
     def reject(self, unit: Unit, reason: str) -> None:
-        """Remove a unit that no worker could be started for."""
+        """Remove a unit whose worker could not be started; its request is refused."""
         with self.changed:
             self.forget(unit)
             if not unit.pid.done():
@@ -3912,7 +3818,7 @@ class Node:
     def settle(
         self, unit: Unit, wait_status: int | None = None, timed_out: bool = False
     ) -> None:
-        """Have the outcome of *unit*, whose worker has ended, reported.
+        """Handle the end of the worker of *unit*, and queue the report.
 
         The one place where a unit ends: after a normal end, a crash of the worker, the
         fork server or the node, and for records of an earlier process."""
@@ -3981,9 +3887,7 @@ class Node:
             return outcome
 
     def read_record(self, unit: Unit) -> Record:
-        """Return the record of *unit*; an empty one where there is none.
-
-        Raises OSError."""
+        """Return the record of *unit*, an empty one if it is gone.  Raises OSError."""
         try:
             return Record(read_file(unit.path))
         except (FileNotFoundError, OddRecord) as error:
@@ -4007,8 +3911,7 @@ class Node:
                 self.signal(unit, signal.SIGKILL)
 
     def withdraw_all(self, url: str) -> None:
-        """Mark the units of the central at *url*, which has released them, so that no
-        node reports them."""
+        """Withdraw the units of the central at *url*, which has released them."""
         with self.changed:
             for name, entry in list(self.reported.items()):
                 if entry.central in (None, url):
@@ -4071,13 +3974,30 @@ class Node:
             self.centrals[url] = CentralServer(self.config, url, self.port)
         return self.centrals[url]
 
+    def leave_former_centrals(self) -> None:
+        """Check out of a central that a reload replaced, once its units are reported.
+
+        It may have sent units meanwhile, which were taken for the present one's."""
+        for url, central in list(self.centrals.items()):
+            with self.changed:
+                heads = [unit.head for unit in self.units.values()]
+            is_used = any(head.get("central") == url for head in heads)
+            if central is self.central or not central.is_confirmed or is_used:
+                continue
+            del self.centrals[url]
+            try:
+                central.check_out()
+                log.info("checked out at %s", url)
+            except CentralError as error:
+                log.warning("can't check out at %s: %s", url, error)
+
     def waiting(self) -> list[Unit]:
         """Return the units that have ended and whose outcome central has not taken."""
         with self.changed:
             return [unit for unit in self.units.values() if unit.state == ENDED]
 
     def queue_report(self, unit: Unit) -> None:
-        """Have *unit* reported, once it has ended and central has been told its pid."""
+        """Queue the report if the unit has ended and the reply with its pid is sent."""
         is_told = unit.replied_at is not None and not unit.replies_due
         if unit.state == ENDED and is_told and unit.due is None:
             unit.due = 0.0
@@ -4087,10 +4007,8 @@ class Node:
                 self.to_report.put(unit)
 
     def start_reporters(self) -> None:
-        """Start the threads that report, unless they run."""
-        if not any(thread.is_alive() for thread in self.reporters):
-            threads = range(REPORTERS)
-            self.reporters = [start_thread(self.report_units) for _ in threads]
+        """Start the threads that report."""
+        self.reporters = [start_thread(self.report_units) for _ in range(REPORTERS)]
 
     def report_units(self) -> None:
         """Report outcomes to central, until None comes (one of the reporters)."""
@@ -4129,13 +4047,8 @@ class Node:
             self.log_outcome(unit, outcome)
             unit.is_logged = True
         central = self.central_at(unit.head.get("central"))
-        # After a reload the central before it may send units that are taken for ours.
-        others = [other for other in self.centrals.values() if other.is_confirmed]
         try:
-            is_known = any(
-                server.report(unit.id, unit.worker, outcome)
-                for server in dict.fromkeys([central, *others])
-            )
+            is_known = central.report(unit.id, unit.worker, outcome)
         except CentralError as error:
             if error.status != 500 or not self.is_too_much(unit):
                 raise
@@ -4143,7 +4056,7 @@ class Node:
             return self.report(unit)
         if not is_known:
             log.warning("%s: central does not know it any more; discarded", unit)
-        # Not under any name that comes: each is a series that Prometheus keeps.
+        # Unknown names count as one: each is a series that Prometheus keeps.
         action = unit.action if unit.action in self.actions else "unknown"
         with self.changed:
             self.counters.reported += is_known
@@ -4220,16 +4133,6 @@ class Node:
         with self.changed, contextlib.suppress(KeyError, OSError):
             remove_file(self.reported.pop(name).path)
 
-    def look_at_central(self) -> None:
-        """Have check_reports() called on a thread of its own, if it is time."""
-        now = time.monotonic()
-        self.hold.relax(now)
-        is_due = self.reported and now - self.looked_at >= STATUS_INTERVAL
-        if is_due and not (self.look and self.look.is_alive()):
-            with contextlib.suppress(RuntimeError):  # no thread: at the next tick
-                self.look = start_thread(self.check_reports)
-                self.looked_at = now
-
     def check_reports(self) -> None:
         """Find reports that central has taken and lost again; send them once more.
 
@@ -4237,8 +4140,9 @@ class Node:
         while ago, is stuck (protocol.md, "0.7 records the pid").  A record is dropped
         when two looks in a row did not list it."""
         with self.changed:
-            entries = list(self.reported.items())
-        central = self.central
+            entries, central = list(self.reported.items()), self.central
+        if not entries:
+            return
         try:
             listed = central.running_pids() if central.commits_late else set()
         except CentralError as error:
@@ -4266,7 +4170,8 @@ class Node:
             outcome = Record(read_file(entry.path)).outcome
             if outcome is None or self.reported.get(name) is not entry:
                 return None
-            self.central.report(name, entry.pid, outcome)
+            if not self.central.report(name, entry.pid, outcome):
+                return self.drop_reported(name)
         except (CentralError, OSError, OddRecord) as error:
             return log.warning("unit %s: can't be reported again: %s", name, error)
         entry.taken_at = time.monotonic()
@@ -4280,16 +4185,17 @@ class Node:
     # ---- records of earlier processes, orphans, leftover files --------------
 
     def adopt_records(self) -> None:
-        """Adopt the records that memory does not know; look at all workers.
+        """Adopt unknown records, and check the worker of each running unit.
 
         A worker that has gone although its fork server has not said so is settled at
         the second tick that finds its record without a lock."""
         names = set(os.listdir(self.config.units_path))
+        is_starting = "starting" in self.overload.reasons
         for name in names:
             is_known = name in self.units or name in self.reported
             if not is_known and UNIT_ID.fullmatch(name):
                 self.adopt(name)
-            elif name[-4:] == ".out" and name[:-4] not in names and self.is_starting:
+            elif is_starting and name[-4:] == ".out" and name[:-4] not in names:
                 remove_file(f"{self.config.units_path}/{name}")
         with self.changed:
             unlocked = set()
@@ -4338,14 +4244,12 @@ class Node:
             head, boot_id = record.head, THIS_MACHINE["boot_id"]
             if name in self.units or name in self.reported or (locked and not head):
                 return None  # it has just come, or is being written
-            if not head or (
-                not record.outcome
-                and not locked
-                and head.get("boot_id", boot_id) != boot_id
-            ):
+            is_over = not record.outcome and not locked
+            if not head or (is_over and head.get("boot_id", boot_id) != boot_id):
                 # Either no reply named its pid; or the machine has been restarted, its
                 # report may have been taken, and the check-out releases it.
-                log.info("unit %s of an earlier process: dropped", name)
+                why = "from before a restart" if head else "its pid was never sent"
+                log.info("unit %s: dropped: %s", name, why)
                 return remove_file(path)
             if record.reported and not record.withdrawn:
                 self.reported[name] = Reported(path, record.pid, head.get("central"))
@@ -4359,10 +4263,10 @@ class Node:
                 age = max(0.0, boot_clock() - float(head["started"]))
                 unit.began -= age
                 unit.started_at -= age
-            unit.replied_at = time.monotonic()  # at the latest
+            unit.replied_at = time.monotonic()  # before the node died, so not later
             self.units[name] = unit
             self.active[unit] = None
-            log.info("adopted %s from an earlier process", unit)
+            log.info("adopted %s from the previous node", unit)
             return self.judge_orphan(unit)
 
     def judge_orphans(self) -> None:
@@ -4372,7 +4276,7 @@ class Node:
                 self.judge_orphan(unit)
 
     def judge_orphan(self, unit: Unit) -> None:
-        """Settle an orphan that has ended; end one that is withdrawn or overdue."""
+        """Settle an orphan that has ended; kill one that is withdrawn or too late."""
         try:
             locked = os.path.exists(unit.path) and is_locked(unit.path)
             record = self.read_record(unit)
@@ -4451,7 +4355,7 @@ class Node:
         }
 
     def details(self) -> Json:
-        """Return what the page shows besides; null where unknown."""
+        """Return what only the page shows; null where unknown."""
         config = self.config
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free, available = config.min_free_memory, config.min_available_memory
@@ -4485,7 +4389,6 @@ def metrics_text(
     central, at = status["central"], status["central"]["last_check_in_at"]
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     host = status["host"].translate(escapes)
-    about = f'{{version="{status["version"]}",host="{host}"}}'
     # Zeros from the start: Prometheus sees no increase in a sample's first value.
     totals = {(action, kind): 0 for action in status["actions"] for kind in OUTCOMES}
     ended: dict[str, float] = {}  # values of samples, by suffix and labels
@@ -4501,7 +4404,8 @@ def metrics_text(
         buckets[f"_count{{{labels}}}"] = total
     lines = []
     for name, value, text in (
-        ("info", {about: 1}, "Version and host name of the node."),
+        ("info", {f'{{version="{status["version"]}",host="{host}"}}': 1},
+         "Version and host name of the node."),
         ("start_time_seconds", epoch(status["started_at"]), "Unix time of the start."),
         ("last_check_in_timestamp_seconds", at and epoch(at),
          "Unix time of the last check-in."),
@@ -4526,10 +4430,8 @@ def metrics_text(
         kind = "counter" if name.endswith("_total") else "gauge"
         kind = "histogram" if value is buckets else kind
         lines.append(f"# HELP crowdnode_{name} {text}\n# TYPE crowdnode_{name} {kind}")
-        for suffix, number in (
-            value.items() if isinstance(value, dict) else [("", value)]
-        ):
-            lines.append(f"crowdnode_{name}{suffix} {number}")
+        samples = value.items() if isinstance(value, dict) else [("", value)]
+        lines += [f"crowdnode_{name}{suffix} {number}" for suffix, number in samples]
     return "\n".join(lines) + "\n"
 
 
@@ -4581,9 +4483,9 @@ def facts(status: Json, details: Json) -> list[tuple[str, str, str]]:
             text += f"; next try at {clock(central['next_try_at'])}"
         rows.append(("", text, "bad"))
     if state in ("refusing", "stopping"):
-        since = details.get("refusing_since")
+        since, reason = details.get("refusing_since"), one_line(status["reason"])
         text = state.capitalize() + (f" since {clock(since)}" if since else "")
-        rows.append(("", f"{text}: {one_line(status['reason'])}", "warn"))
+        rows.append(("", f"{text}: {reason}" if reason else text, "warn"))
     up = f"process {status['pid']}, up {duration(status['uptime_seconds'])}"
     counts = [f"{n:,} {kind.replace('_', ' ')}" for kind, n in status["counts"].items()]
     texts = {
@@ -4593,7 +4495,7 @@ def facts(status: Json, details: Json) -> list[tuple[str, str, str]]:
         "Free memory": memory(status["free_memory_bytes"], total),
         "Available memory": memory(status["available_memory_bytes"], total),
         "Units": ", ".join(counts),
-        "Actions": ", ".join(status["actions"]) or "none",
+        "Actions": ", ".join(map(one_line, status["actions"])) or "none",
     }
     return rows + [(name, text, "") for name, text in texts.items()]
 
@@ -4601,15 +4503,17 @@ def facts(status: Json, details: Json) -> list[tuple[str, str, str]]:
 def status_text(status: Json, in_colour: bool) -> str:
     """Return the text of --status, in 80 columns."""
     colours = {"good": GREEN, "warn": YELLOW, "bad": RED} if in_colour else {}
-    rows = [("Address", f"{status['host']}:{status['port']}", ""), *facts(status, {})]
+    address = one_line(f"{status['host']}:{status['port']}")
+    rows = [("Address", address, ""), *facts(status, {})]
     for key in ("running", "waiting", "failed"):
         for index, unit in enumerate(status[key][:LISTED]):
             name = "" if index else f"{key.capitalize()} ({len(status[key])})"
             of = (unit["action"], unit["stage"], f"job {unit['job_id']}", unit["input"])
             text = f"unit {unit['id']} ({', '.join(map(str, filter(None, of)))}): "
             if unit.get("ended_at"):
-                text = f"{clock(unit['ended_at'])} {text}"
-                text += unit["reason"] or unit["outcome"]
+                kind = unit["outcome"].replace("_", " ")
+                text = f"{clock(unit['ended_at'])} {text}{kind}"
+                text += f": {unit['reason']}" if unit["reason"] else ""
             else:
                 text += f"{duration(unit['seconds'])}, process {unit['pid']}"
             rows.append((name, one_line(text), ""))
@@ -4623,15 +4527,14 @@ def status_text(status: Json, in_colour: bool) -> str:
 
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; --page: light-dark(#f4f6f8, #0f1419);
-  --card: light-dark(#fff, #1a2028); --text: light-dark(#1f2328, #e4e9ee);
-  --dim: light-dark(#59636e, #9ba6b2); --line: light-dark(#dde2e7, #303944);
-  --good: light-dark(#1a7f37, #4cc26a); --warn: light-dark(#8a5a00, #e0a93b);
-  --bad: light-dark(#c21f2b, #ff8a80) }
-* { box-sizing: border-box; margin: 0 } a { color: inherit }
+:root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --text: #1f2328;
+  --dim: #59636e; --line: #dde2e7; --good: #1a7f37; --warn: #8a5a00; --bad: #c21f2b }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1419; --card: #1a2028;
+  --text: #e4e9ee; --dim: #9ba6b2; --line: #303944; --good: #4cc26a; --warn: #e0a93b;
+  --bad: #ff8a80 } } * { box-sizing: border-box; margin: 0 }
 body { font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
   color: var(--text); background: var(--page); max-width: 78rem; margin: auto;
-  padding: 1rem; overflow-wrap: anywhere }
+  padding: 1rem; overflow-wrap: anywhere } a { color: inherit }
 .good { --mood: var(--good) } .warn { --mood: var(--warn) } .bad { --mood: var(--bad) }
 header, small, th, dt, li, figure, .zero b { color: var(--dim); font-weight: normal }
 header { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: center }
@@ -4652,7 +4555,8 @@ svg { width: calc(100% - 3.4rem); height: 4.8rem; margin: .4rem 0 1.2rem 3.4rem;
 path { stroke: #3b82d6; stroke-width: 1.5; stroke-linecap: round;
   stroke-linejoin: round; vector-effect: non-scaling-stroke } .dot { stroke-width: 6 }
 text { fill: var(--dim); stroke: none; font-size: 12px } .end { text-anchor: end }
-line { stroke: var(--warn); stroke-dasharray: 4 } line + text { fill: var(--warn) }
+line { stroke: var(--warn); stroke-dasharray: 4 } line + text { fill: var(--warn);
+  stroke: var(--card); stroke-width: 3px; paint-order: stroke }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; text-align: left }
 th, td { vertical-align: top; padding: .3rem .7rem .3rem 0; width: 8.5% }
 td { border-top: 1px solid var(--line) } th:first-child { width: 5.3rem }
@@ -4663,11 +4567,10 @@ th:last-child { width: auto } dl { display: grid; grid-template-columns: 9rem 1f
   main { flex-flow: column } .plots { order: 1; grid-template-columns: 1fr }
   ul { grid-template-columns: 1fr 1fr } li:first-child { grid-column: span 2 }
   table, tbody { display: block } tr + tr + tr { border-top: 1px solid var(--line) }
-  tr { padding: .4rem 0 } tr:first-child { display: none }
   td { border: 0; padding: 0; width: auto; order: 2 } td:nth-child(-n+2) { order: 0 }
-  td:nth-child(3)::before { content: "job " } .reason td:last-child { width: 100% }
-  td:nth-child(4)::before { content: "unit " }
-  td:nth-child(5) { order: 1; width: 100%; font-weight: 600 } }
+  tr { padding: .4rem 0 } td:nth-child(5) { order: 1; width: 100%; font-weight: 600 }
+  td:nth-child(3)::before { content: "job " } tr:first-child { display: none }
+  td:nth-child(4)::before { content: "unit " } .reason td:last-child { width: 100% } }
 """
 PAGE_SCRIPT = """
 const find = (selector, page = document) => page.querySelector(selector);
@@ -4710,8 +4613,8 @@ def page_policy() -> str:
     )
     return (
         "Content-Security-Policy: default-src 'none'; img-src data:; connect-src "
-        f"'self'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri "
-        "'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+        f"'self'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
         "Cache-Control: no-store\r\n"
     )
 
@@ -4721,24 +4624,23 @@ def render_page(status: Json, details: Json) -> str:
     rows = [(key, html.escape(text), css) for key, text, css in facts(status, details)]
     texts, counts = {key: text for key, text, _ in rows}, status["counts"]
     history, most = status["history"], status["max_workers"]
-    free, total = "free_memory_bytes", details["total_memory_bytes"] or 1
+    total, lowest = details["total_memory_bytes"], details["min_free_memory_bytes"]
     tiles = (("Running", len(status["running"]), f"/{most}" if most else "", ""),
              ("Succeeded", counts["succeeded"], "", ""),
              ("Failed", counts["failed"], "", "bad"),
              ("Died or timed out", counts["died"] + counts["timed_out"], "", "bad"),
              ("Waiting for central", len(status["waiting"]), "", ""))  # fmt: skip
-    plots = (("Load average", "load_average", 1, details["max_load"], "{:,.0f}".format),
-             ("Free memory", free, total, details[f"min_{free}"], memory),
-             ("Units per minute", "units_per_minute", 1, 0, "{:,.0f}".format)
-             )  # fmt: skip
+    plots = (("Load average", "load_average", 1, details["max_load"], "{:g}"),
+             ("Free memory", "free_memory_bytes", total or 1, lowest, ""),
+             ("Units per minute", "units_per_minute", 1, 0, "{:,.0f}"))  # fmt: skip
     tables = (("Running", "running", "limit"), ("Failed last", "failed", "reason"),
               ("Waiting for central", "waiting", "outcome"),
               ("Ended last", "recent", "outcome"))  # fmt: skip
     return PAGE.format(
         style=PAGE_STYLE, script=PAGE_SCRIPT, now=time.strftime("%H:%M:%S"),
-        name=html.escape(f"{status['host']}:{status['port']}"), word=rows[0][1],
-        mood=rows[0][2], tag=html.escape(details["tag"] or ""), about=texts["Node"],
-        central=texts["Central"],
+        name=html.escape(one_line(f"{status['host']}:{status['port']}")),
+        tag=html.escape(one_line(details["tag"])), word=rows[0][1], mood=rows[0][2],
+        about=texts["Node"], central=texts["Central"],
         notes="".join(f'<p class="note {css}">{text}</p>'
                       for key, text, css in rows if not key),
         tiles="".join(f'<li class="{css if n else "zero"}"><b>{n:,}{of}</b>{title}</li>'
@@ -4769,21 +4671,20 @@ def render_units(title: str, units: list[Json], last: str, limits: Json) -> str:
             if limit:
                 meter = f'max="{limit:g}" high="{limit * 0.9:g}" value="{seconds}"'
                 cell = f'of {duration(limit)} <meter optimum="0" {meter}></meter>'
-        rows += (
-            f"<tr><td>{clock(at)}<td>{text['action']} <small>{text['stage']}</small>"
-        )
-        rows += f"<td>{text['job_id']}<td>{text['id']}<td>{text['input']}"
+        rows += f"<tr><td>{clock(at)}<td>{text['action']} <small>{text['stage']}"
+        rows += f"</small><td>{text['job_id']}<td>{text['id']}<td>{text['input']}"
         rows += f"<td>{duration(seconds)}<td>{cell}"
     more = f"<small>and {len(units) - SHOWN:,} more</small>" if units[SHOWN:] else ""
-    table = f'<table class="{last}">{rows}</table>'
-    return f"<h2>{title}</h2><section>{table}{more}</section>"
+    table = f'<section><table class="{last}">{rows}</table>{more}</section>'
+    return f"<h2>{title}</h2>{table}"
 
 
 def render_plot(title: str, now: str, history: list[Json], *scale: Any) -> str:
     """Return a plot of the last hour, a point a minute, as HTML.
 
-    *scale*: the key, the least that it reaches, a limit or None, a value's label."""
-    (key, least, limit, label), line, path, dot = scale, "", "", ""
+    *scale*: key, least maximum, limit or None, format of a value ("": of memory)."""
+    (key, least, limit, style), line, path, dot = scale, "", "", ""
+    label = style.format if style else memory
     known = [minute[key] for minute in history if minute[key] is not None]
     now = now or (label(known[-1]) if known else "unknown")
     head = f"<figure><figcaption>{title} <b>{now}</b></figcaption>"
@@ -4801,11 +4702,11 @@ def render_plot(title: str, now: str, history: list[Json], *scale: Any) -> str:
         line += f'{-4 if y > 25 else 13}">limit {label(limit)}</text>'
     return (
         f'{head}<svg role="img" aria-label="{title} {now}"><rect width="100%" '
-        f'height="100%"/>{line}<text class="end" x="-6" y="10">{label(top)}</text>'
+        f'height="100%"/><text class="end" x="-6" y="10">{label(top)}</text>'
         '<text class="end" x="-6" y="100%">0</text><text y="100%" dy="15">−60 min'
         '</text><text class="end" x="100%" y="100%" dy="15">now</text>'
         f'<svg viewBox="0 0 59 100" preserveAspectRatio="none"><path d="{path}"/>'
-        f'<path class="dot" d="{dot}"/></svg></svg></figure>'
+        f'<path class="dot" d="{dot}"/></svg>{line}</svg></figure>'
     )
 
 
@@ -4856,7 +4757,7 @@ class NodeServer(Server):
 
     def __init__(self, config: Config, port: int, listener: int | None = None) -> None:
         """Bind and listen, or go on with *listener*, a descriptor.  Raises OSError."""
-        # When each came; None once its request is read, 0 after its deadline.
+        # Time of arrival; None: the request is complete; 0: shut down, for it was late.
         self.connections: dict[Any, float | None] = {}
         self.lock = threading.Lock()
         if ":" in config.bind:
@@ -4932,8 +4833,7 @@ class NodeServer(Server):
         self.close_request(request)
 
     def finish(self, seconds: float) -> None:
-        """Accept no more, and wait for the requests under way; the next to come wait in
-        the listener."""
+        """Accept no more connections; wait for the requests under way."""
         deadline = time.monotonic() + seconds
         self.shutdown()
         while self.connections and time.monotonic() < deadline:
@@ -5158,9 +5058,7 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
 
 
 def form_fields(form: bytes) -> dict[str, str]:
-    """Return the fields of a form or a query; the last of a name counts, as in Rack.
-
-    Raises ValueError, UnicodeDecodeError among them."""
+    """Return a form's or query's fields, the last of a name.  Raises ValueError."""
     pairs = form.split(b"&", FORM_FIELDS)
     if len(pairs) > FORM_FIELDS:
         raise ValueError(f"it has over {FORM_FIELDS} fields")
@@ -5169,8 +5067,8 @@ def form_fields(form: bytes) -> dict[str, str]:
 
 
 def unquoted(value: bytes) -> bytes:
-    """Return the bytes of a form's *value*, by way of quoted-printable: 50 times as
-    fast as urllib.parse, in a tenth of its memory."""
+    """Return the bytes of a form's *value*, by the quoted-printable codec: 50 times
+    as fast as urllib.parse, in a tenth of its memory."""
     value = value.replace(b"=", b"=3D").replace(b"+", b" ").replace(b"%", b"=")
     return binascii.a2b_qp(value)
 
@@ -5268,7 +5166,7 @@ class LocalCentral(Server):
     the node's, for both have the same credentials.  *ended* is called with each task
     whose report has come, before the report is answered."""
 
-    def __init__(self, config: Config, ended: Callable[[Task, bool], None]) -> None:
+    def __init__(self, config: Config, ended: Callable[[Task], None]) -> None:
         super().__init__(("127.0.0.1", 0), LocalCentralHandler)
         self.config = config
         self.ended = ended
@@ -5307,7 +5205,8 @@ class LocalCentral(Server):
         """Return how many of the job's pieces have ended, and how many there are."""
         with self.changed:
             rest = [*self.pending, *self.sent.values()]
-            ended = len(self.done) + len(self.failures)
+            failed = sum(task.status != MERGING for task in self.failures)
+            ended = len(self.done) + failed
             return ended, ended + sum(task.status != MERGING for task in rest)
 
     def outputs(self) -> list[Any]:
@@ -5346,7 +5245,7 @@ class LocalCentral(Server):
     def _take(self, task: Task, is_success: bool, output: Any) -> None:
         """Take a report."""
         task.attempts += 1
-        self.ended(task, is_success)
+        self.ended(task)
         if not is_success and task.attempts < self.config.work_unit_retries:
             self.pending.append(task)
         elif not is_success:
@@ -5437,13 +5336,13 @@ def flattened(value: Any) -> list[Any]:
 
 
 TROUBLE_PATIENCE = 2  # seconds until what keeps the job from going on is shown
-TRACEBACK = "Traceback (most recent call last):"
+
 FRAMES = re.compile(r" \(((?:[^();]+, line \d+, in [^();]+(?:; )?)+)\)$")
 
 
 class LocalRun:
-    """One job on this machine: a LocalCentral, a real node, its workers; progress, what
-    actions print, and failures on standard error."""
+    """Runs one job: starts a LocalCentral and a node, and shows progress, what actions
+    print, and failures on standard error."""
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -5454,10 +5353,7 @@ class LocalRun:
             make_private_directory(place)
         self.directory = tempfile.mkdtemp(prefix="crowdnode-", dir=place)
         self.log: deque[str] = deque(maxlen=100)  # the node's last lines
-        self.trouble, self.trouble_at = (
-            "",
-            0.0,
-        )  # its last warning, and when (monotonic)
+        self.trouble, self.trouble_at = "", 0.0  # its last warning, and since when
         self.shown_trouble = ""
         # The user's configuration, but on loopback, for this job alone and at once.
         values = {**vars(config), "max_workers": config.max_workers or processors()}
@@ -5468,16 +5364,19 @@ class LocalRun:
         password = os.urandom(16).hex()
         values.update(http_authentication=True, login="run", password=password)
         work = os.path.join(self.directory, "work")
-        values.update(state_path=self.directory, temp_storage_path=work)
-        self.config = Config(values)
+        values.update(state_path=self.directory, temp_storage_path=work, is_job=True)
+        self.config = Config(**values)
         self.central = LocalCentral(self.config, self._ended)
         url = f"http://127.0.0.1:{self.central.server_address[1]}"
         vars(self.config)["central_server"] = url
         self.node: subprocess.Popen[bytes] | None = None
         self.began = time.monotonic()
-        self.printed: dict[int, tuple[int, str]] = {}  # bytes shown, rest, by task's id
+        self.printed: dict[
+            int, tuple[int, bytes]
+        ] = {}  # bytes read, rest, by task's id
         self.shown_failures = 0
         self.is_over = False  # signals have no effect any more
+        self.is_patient = self.is_interrupted = False  # see _interrupt()
         self.lock = threading.Lock()  # for standard error
         self.file: Any = None  # of --json-lines
 
@@ -5487,9 +5386,12 @@ class LocalRun:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._interrupt)
         arguments, failures = self.arguments, self.central.failures
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NODE_SIGNALS)
         try:
             self._start_job()
+            self.is_patient = True
             self._wait()
+            self.is_patient = False
         except KeyboardInterrupt:
             self._say("interrupted")
             return EXIT_INTERRUPTED
@@ -5500,8 +5402,12 @@ class LocalRun:
         return EXIT_FAILED if failures else EXIT_OK
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        """End the job at the first signal; people press Ctrl-C more than once."""
-        if not self.is_over:
+        """End the job at the first signal; people press Ctrl-C more than once.
+
+        What is being printed is finished, unless a second signal comes."""
+        if self.is_patient and not self.is_interrupted:
+            self.is_interrupted = True
+        elif not self.is_over:
             self.is_over = True
             raise KeyboardInterrupt
 
@@ -5510,10 +5416,10 @@ class LocalRun:
 
         Raises UsageError where the action is not among them."""
         action, options = self.arguments.run, self.arguments.options
-        node, patience = self._start_node(), 1.0
+        node, patience = self._start_node(), 2.0
         assert node.stdout
         while not is_readable(node.stdout.fileno(), patience):
-            self._say("the actions are still loading")
+            self._say("starting the node and loading the actions")
             patience = LOAD_DEADLINE
         line = node.stdout.readline()
         if not line:
@@ -5522,12 +5428,15 @@ class LocalRun:
             said = log.partition("crowdnode: ")[2].strip()
             raise CrowdError(said or f"the node does not run:\n{log}")
         actions, problems = json.loads(line)
+        own = re.compile(rf"(/|the action ){re.escape(action)}(\.\w+)? (is|takes) ")
+        own_problems = [text for _, text in problems if own.search(text)]
         if action not in actions:
-            own = re.compile(rf"(/|the action ){re.escape(action)}(\.py)? is left out")
-            reasons = [text for _, text in problems if own.search(text)]
+            reasons = [text for text in own_problems if " is left out" in text]
             remedy = nearest(action, sorted(actions)) if actions else "there is none"
             reason = "; ".join(reasons) or f"no such action: {remedy}"
             raise UsageError(f"--run {action}: {reason}")
+        for text in own_problems:  # it takes long to load
+            self._say(text)
         if self.arguments.json_lines and self.arguments.output:
             self.file = open(self.arguments.output, "wb")  # noqa: SIM115
         self.central.start(action, actions[action], self.arguments.inputs, options)
@@ -5564,6 +5473,9 @@ class LocalRun:
         central, starts = self.central, 1
         while not central.finished.wait(0.05):
             self._show_progress()
+            if self.is_interrupted:
+                self.is_over = True
+                raise KeyboardInterrupt
             if self.arguments.fail_fast and central.failures:
                 break
             assert self.node
@@ -5574,10 +5486,11 @@ class LocalRun:
             starts += 1
             self._start_node()
         self._show_progress()
-        nothing = sum(task.output is None for task in central.done)
+        tasks = [*central.done, *([central.merged] if central.merged else [])]
+        nothing = sum(task.output is None and not task.reason for task in tasks)
         if nothing:
             what = f"{self.arguments.run} returned nothing for {nothing}"
-            self._say(f"{what} of {len(central.done)} inputs")
+            self._say(f"{what} of {len(tasks)} units")
         self._say(self._counts())
 
     def _counts(self) -> str:
@@ -5587,43 +5500,39 @@ class LocalRun:
     def _name(self, task: Task) -> str:
         return "merge" if task.status == MERGING else self.names[task.place[0]]
 
-    def _ended(self, task: Task, is_success: bool) -> None:
-        """Show the rest of what a task has printed, but not the traceback of its
-        failure, which is shown in another form."""
+    def _ended(self, task: Task) -> None:
+        """Show the rest of what a task has printed."""
         self.trouble, self.trouble_at = "", 0.0
-        self._show_printed(task, is_success)
-        rest = self.printed.pop(task.id, (0, ""))[1]
-        if rest and (is_success or not rest.startswith(TRACEBACK)):
-            for line in rest.splitlines():
-                self._say(f"{self._name(task)}: {line}")
+        self._show_printed(task)
+        rest = self.printed.pop(task.id)[1]
+        if rest:
+            self._say(f"{self._name(task)}: {rest.decode('utf-8', 'replace')}")
 
-    def _show_printed(self, task: Task, is_over: bool = False) -> None:
-        """Show the lines that a task has printed since the last time; what may be the
-        traceback of its failure is kept back."""
-        seen, rest = self.printed.get(task.id, (0, ""))
+    def _show_printed(self, task: Task) -> None:
+        """Show the lines that a task has printed since the last time."""
+        seen, rest = self.printed.get(task.id, (0, b""))
         path = os.path.join(self.config.units_path, f"{task.id}.out")
         with contextlib.suppress(OSError), open(path, "rb") as file:
             seen = min(seen, os.fstat(file.fileno()).st_size)  # it may be cut back
             file.seek(seen)
             data = file.read()
-            seen, rest = seen + len(data), rest + data.decode("utf-8", "replace")
-        while "\n" in rest and (is_over or not rest.startswith(TRACEBACK)):
-            line, _, rest = rest.partition("\n")
-            self._say(f"{self._name(task)}: {line}")
+            seen, rest = seen + len(data), rest + data
+        while b"\n" in rest:
+            line, _, rest = rest.partition(b"\n")
+            self._say(f"{self._name(task)}: {line.decode('utf-8', 'replace')}")
         self.printed[task.id] = seen, rest
 
     def _show_failure(self, task: Task) -> None:
         """Show why a task has failed for good, and the frames in the user's files."""
-        reason = task.reason or ""
+        reason = " ".join((task.reason or "").split())
         if is_url(task.input):  # it is the line's first word already
-            reason = reason.replace(without_password(task.input), "it")
+            reason = reason.replace(without_secrets(task.input), "it")
         frames = FRAMES.search(reason)
         reason = reason[: frames.start()] if frames else reason
         tries = f"{task.attempts} tries" if task.attempts > 1 else "1 try"
-        lines = frames[1].split("; ") if frames else []
-        self._say(
-            "\n    ".join([f"{self._name(task)}: {reason} ({tries})", *lines]), True
-        )
+        lines = [f"{self._name(task)}: {reason} ({tries})"]
+        lines += frames[1].split("; ") if frames else []
+        self._say("\n    ".join(lines), True)
 
     def _show_progress(self) -> None:
         """Show what is new, and on a terminal a bar that fits it."""
@@ -5651,7 +5560,8 @@ class LocalRun:
         left = f", {duration((total - done) / rate)} left" if rate else ""
         if trouble:
             line, left = f"{self._counts()}: {trouble}", ""
-        width = shutil.get_terminal_size().columns - 1
+        size = os.get_terminal_size(sys.stderr.fileno())
+        width = (shutil.get_terminal_size(size).columns or 80) - 1
         forms = [bar + line + left, line + left, line]
         line = next((form for form in forms if len(form) <= width), line[:width])
         with self.lock:
@@ -5661,11 +5571,9 @@ class LocalRun:
         """Write the lines of --json-lines for the inputs that are done."""
         with self.central.changed:
             by_input = self.central.by_input
-            ended = [
-                n for n, of in by_input.items() if all(task.is_over for task in of)
-            ]
-            lists = {number: by_input.pop(number) for number in ended}
-        for number, tasks in lists.items():
+            ended = [n for n, of in by_input.items() if all(t.is_over for t in of)]
+        for number in ended:
+            tasks = by_input[number]
             line: Json = {"input": None if number < 0 else self.names[number]}
             reasons = [task.reason for task in tasks if task.reason is not None]
             tasks.sort(key=lambda task: task.place)
@@ -5676,28 +5584,26 @@ class LocalRun:
             else:
                 line["output"] = tasks[0].output
             self._print(line)
+            del by_input[number]
 
     def _print(self, value: Any) -> None:
-        if self.file:
-            self.file.write(json_line(value))
-            self.file.flush()
-            return
-        is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
         with self.lock:
-            clear = "\r\033[K" if sys.stderr.isatty() else ""
-            print(clear, end="", file=sys.stderr, flush=True)
-            print(json.dumps(value, ensure_ascii=not is_utf8), flush=True)
+            if not self.file and sys.stderr.isatty():
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+            file = self.file or sys.stdout.buffer
+            file.write(json_line(value))
+            file.flush()
 
     def _write(self, outputs: list[Any]) -> None:
         path = self.arguments.output
-        self.is_over = False  # the reader of a pipe may never come
+        self.is_over = False  # to open a FIFO may block: Ctrl-C must work again
         if path is None:
             return self._print(outputs)
         try:
             with open(path, "wb") as file:
                 file.write(json_line(outputs))
         except OSError as error:
-            self._print(outputs)  # of hours, perhaps: here rather than nowhere
+            self._print(outputs)  # do not lose the outputs of a long job
             reason = f"{error.strerror}; so the outputs are on standard output"
             raise CrowdError(f"--output {path}: {reason}") from None
 
@@ -5727,10 +5633,8 @@ class LocalRun:
 def check_output(path: str) -> None:
     """Raise UsageError for a FILE that can't be written, before any work is done."""
     place = path if os.path.exists(path) else os.path.dirname(os.path.realpath(path))
-    if not path:
-        raise UsageError("--output: FILE is empty")
-    if os.path.isdir(path):
-        raise UsageError(f"--output {path}: is a directory")
+    if not path or os.path.isdir(path):
+        raise UsageError(f"--output {path}: is not the path of a file")
     if not os.access(place, os.W_OK):
         raise UsageError(f"--output {path}: there is no writable directory {place}")
 
@@ -5800,6 +5704,7 @@ def run_node(
         raise error from None
     finally:
         if node and node.fork_server:
+            node.is_stopping = True
             node.fork_server.finish()
         is_known = lock.content.get("checked_in") and not (node and node.is_checked_out)
         lock.release(forget=not is_known)
@@ -5851,8 +5756,7 @@ def raise_descriptor_limit() -> None:
 
 
 def stop_at_end_of_input(node: Node) -> None:
-    """Stop when the process that has started the node has gone, and its end of the pipe
-    with it."""
+    """Stop the node when the process that started it has ended."""
     while os.read(0, READ_SIZE):
         pass
     node.wake(signal.SIGTERM)
@@ -5875,7 +5779,9 @@ def run_in_background(
     config: Config, load: Callable[[], Config], arguments: argparse.Namespace
 ) -> int:
     """Start a background node unless one is running (--daemon).  Raises CrowdError."""
-    os.closerange(3, 256)  # what cron or a shell has left open
+    for name in os.listdir("/dev/fd"):  # what cron or a shell has left open
+        with contextlib.suppress(OSError):
+            os.closerange(max(3, int(name)), int(name) + 1)
     lock = NodeLock(config)
     give_up = time.monotonic() + WEDGED_AFTER
     while not lock.acquire():
@@ -5900,7 +5806,9 @@ def run_in_background(
             message = message or f"the node died; see {config.state_file('node.log')}"
             print(f"crowdnode: {message}", file=sys.stderr)
         elif sys.stdout.isatty():
-            page = f"http://{local_host(config)}:{lock.read().get('port')}/"
+            host = local_host(config)
+            host = f"[{host}]" if ":" in host else host
+            page = f"http://{host}:{lock.read().get('port')}/"
             print(f"page: {page}\nlog:  {config.state_file('node.log')}")
         return int(status or EXIT_FAILED)
     os.close(reader)
@@ -5936,10 +5844,8 @@ def signal_node(lock: NodeLock, number: int) -> int:
         raise not_running(lock.config)
     pid = int(holder.get("pid") or 0)
     if not is_same_process(pid, float(holder.get("started") or 0), holder):
-        raise CrowdError(
-            f"{lock.path} is locked, but process {pid} is not the node: it may run in "
-            "another container, or be starting"
-        )
+        wrong = f"{lock.path} is locked, but process {pid} is not the node"
+        raise CrowdError(f"{wrong}: it may run in another container, or be starting")
     try:
         os.kill(pid, number)
     except PermissionError:
@@ -5950,23 +5856,25 @@ def signal_node(lock: NodeLock, number: int) -> int:
 
 
 def end_node(lock: NodeLock, patience: float) -> None:
-    """TERM, KILL after *patience* seconds; return when the lock is free.
-
-    Raises CrowdError."""
+    """Send TERM, after *patience* seconds KILL; return when the lock is free."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        pid = signal_node(lock, number)
+        try:
+            pid = signal_node(lock, number)
+        except NotRunning:
+            if number == signal.SIGTERM:
+                raise
+            return  # it has ended just now
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             holder = lock.holder()
             if not holder or holder.get("pid") != pid:
                 return
             time.sleep(0.02)
-    raise CrowdError(f"process {pid} does not end")
+    raise CrowdError(f"process {pid} has not ended after KILL")
 
 
 def ask_node(lock: NodeLock, path: str) -> tuple[int, str] | None:
-    """GET *path* from the node that runs here; return status and body, None without an
-    answer."""
+    """GET *path* from the node that runs here; return status and body, or None."""
     port = lock.read().get("port")
     return get_from_node(lock.config, port, path)[:2] if port else None
 
@@ -5977,8 +5885,7 @@ def local_host(config: Config) -> str:
 
 
 def get_from_node(config: Config, port: int, path: str) -> Any:
-    """GET *path* from *port* here; return status, body and header Server, an empty
-    tuple without an answer."""
+    """GET *path* from *port*; return status, body and header Server, or ()."""
     headers = {}
     if config.http_authentication:
         headers["Authorization"] = basic_credentials(config)
@@ -5994,8 +5901,7 @@ def get_from_node(config: Config, port: int, path: str) -> Any:
 
 
 def other_node(config: Config) -> str | None:
-    """Return a sentence about another user's node, or one with another state_path, that
-    answers on our port; None where there is none."""
+    """Return a sentence about another node that answers on our port, or None."""
     answer = get_from_node(config, config.port, "/heartbeat") if config.port else ()
     if not answer or answer[2] != SERVER_NAME:
         return None
@@ -6013,7 +5919,7 @@ def other_node(config: Config) -> str | None:
     name = str(user)
     with contextlib.suppress(KeyError):
         name = pwd.getpwuid(user).pw_name
-    return f"a node of user {name} {where}: sudo -u {name} {PYTHON} {PROGRAM} --status"
+    return f"a node of user {name} {where}: sudo -u {name} python3 {PROGRAM} --status"
 
 
 def not_running(config: Config) -> NotRunning:
@@ -6083,10 +5989,8 @@ def ruby_problem(name: str) -> str | None:
     """Return why central can't have an action of this *name*, or None."""
     if name.lower() not in RUBY_CLASSES:
         return None
-    return (
-        f"{camelized(name)} is a class of Ruby's own or of central's, which makes "
-        "central fail every job: rename the action"
-    )
+    whose = "a class of Ruby's own or of central's, which makes central fail every job"
+    return f"{camelized(name)} is {whose}: rename the action"
 
 
 def camelized(name: str) -> str:
@@ -6144,7 +6048,9 @@ def check(config: Config) -> int:
         lines.append(("error", f"action {name}: {ruby_problem(name)}"))
     actions = ("ok", f"actions: {', '.join(names)}")
     lines.append(actions if names else ("error", "no action"))
-    places = [PROGRAM, *loader.paths, config.actions_path if loader.paths else PROGRAM]
+    places = [PROGRAM, *([config.file] if config.file else [])]
+    for directory, _, files in os.walk(config.actions_path):
+        places += [directory, *(os.path.join(directory, name) for name in files)]
     for place in sorted(set(filter(None, map(find_insecure, places)))):
         danger = f"others can write to {place}, and so have this node run their code"
         lines.append(("warning", f"{danger}: chmod go-w {place}"))
@@ -6154,8 +6060,12 @@ def check(config: Config) -> int:
         check_storage(config)
         lines.append(("ok", f"directories: {config.state_path}"))
         lines += [("warning", text) for text in preflight_warnings(config)]
-        if lock.holder() and ask_node(lock, "/heartbeat"):
-            lines.append(("ok", f"port: this node runs, on {lock.read().get('port')}"))
+        holder = lock.holder()
+        if holder and ask_node(lock, "/heartbeat"):
+            lines.append(("ok", f"port: this node runs, on {holder.get('port')}"))
+        elif holder:
+            process = f"process {holder.get('pid')}"
+            lines.append(("error", f"port: this node, {process}, does not answer"))
         else:
             lock.lock_work()
             listen(config, 0, None).server_close()
@@ -6176,11 +6086,11 @@ def check(config: Config) -> int:
 
 
 def check_central(config: Config) -> list[tuple[str, str]]:
-    """Return whether central answers as one, and has the same time."""
-    name, now = f"central: {config.central_server}", time.time()
+    """Return whether central answers, and is CloudCrowd."""
+    name = f"central: {config.central_server}"
     central = CentralServer(config, config.central_server, config.port)
     try:
-        body, date = central.heartbeat()
+        body = central.heartbeat()
     except CentralError as error:
         return [("error", f"{name}: {error}")]
     if body.strip() != HEARTBEAT.encode():
@@ -6189,16 +6099,7 @@ def check_central(config: Config) -> list[tuple[str, str]]:
             "check central_server, and any proxy in front of it"
         )
         return [("error", sentence)]
-    found = [("ok", f"{name} answers")]
-    # Thin sends no Date.
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        from email.utils import parsedate_to_datetime
-
-        off = now - parsedate_to_datetime(date or "").timestamp()
-        if abs(off) > CLOCK_TOLERANCE:
-            sentence = f"clock: {off:+.0f} s off central's: set one of them right"
-            found.append(("warning", sentence))
-    return found
+    return [("ok", f"{name} answers")]
 
 
 def run_job(config: Config, arguments: argparse.Namespace) -> int:
@@ -6220,7 +6121,7 @@ def run_job(config: Config, arguments: argparse.Namespace) -> int:
         raise UsageError(f"--options {options}: must be a JSON object")
     if arguments.output is not None:
         check_output(arguments.output)
-    arguments.names = [without_password(item) for item in inputs]
+    arguments.names = [without_secrets(x) if is_url(x) else x for x in inputs]
     if not arguments.strings:
         arguments.inputs = [input_of(item) for item in inputs]
     return LocalRun(config, arguments).run()
@@ -6246,18 +6147,13 @@ OPTIONS = (
     ("--strings", "run", "", "inputs are strings"),
     ("--quiet", "run", "", "no progress"),
     ("--fail-fast", "run", "", "stop at the first input that fails"),
-    ("--json", "status", "", "the document"),
+    ("--json", "status", "", "the document of GET /status"),
 )
 
 HELP_EPILOG = """\
 configuration:
-  Its keys and their defaults stand in crowdnode.conf. Each may be given as
-  --set KEY=VALUE, too. A node whose central is on this machine needs none.
-
-files, in state_path (~/.crowdnode):
-  node.log, node.log.1 ...  the log of --daemon
-  node.pid                  the lock file: process and port
-  units/, work/, storage/   records, work directories, what actions save
+  crowdnode.conf lists all keys and defaults; --set KEY=VALUE overrides one.
+  A node whose central is on this machine needs none.
 
 exit status:
   0  done                                 2  usage or configuration
@@ -6295,14 +6191,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     command = parser.add_argument_group("commands").add_mutually_exclusive_group()
     for row in COMMANDS:
         add(command, *row)
-    command.add_argument(
-        "--version", action="version", version=version, help="say which this is"
-    )
-    command.add_argument("--help", "-h", action="help", help="show this")
+    command.add_argument("--version", action="version", version=version)
+    command.add_argument("--help", "-h", action="help")
     command.add_argument(ATTENDED_FLAG, action="store_true", help=hidden)
     options = parser.add_argument_group("options")
-    about = "with --run: a file, a URL, with --strings any string; - is the lines of "
-    about += "standard input"
+    about = "with --run: a file or a URL, with --strings any string; - reads inputs "
+    about += "from standard input, one a line"
     options.add_argument("inputs", nargs="*", metavar="INPUT", help=about)
     options.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="wins over FILE"
@@ -6319,7 +6213,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         is_given = getattr(arguments, name[2:].replace("-", "_")) not in (None, False)
         if goes_with and is_given and not getattr(arguments, goes_with):
             parser.error(f"{name} goes with --{goes_with}")
-    if arguments.inputs and not arguments.run:
+    if arguments.inputs and arguments.run is None:
         word = f"--{arguments.inputs[0]}".replace("--start", "--daemon")
         hint = f"; did you mean {word}?" if word in dict.fromkeys(commands) else ""
         parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}{hint}")
@@ -6363,7 +6257,9 @@ def dispatch(arguments: argparse.Namespace) -> int:
             values = json.loads(file.readline())
 
     def load() -> Config:
-        return Config(dict(values)) if values else load_config(path, settings, asks)
+        if values:
+            return Config(**values)
+        return (find_config_of_node if asks else load_config)(path, settings)
 
     config = load()
     if arguments.daemon and not arguments.inherit:
@@ -6385,7 +6281,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
 
 
 def tidy_process() -> None:
-    """Undo what a careless parent may have left.
+    """Reset what the parent process may have changed.
 
     Without descriptors 0 to 2 the next files would get these numbers, and with SIGCHLD
     ignored no child can be waited for."""

@@ -198,6 +198,8 @@ WEB: dict[str, tuple[int, dict[str, str], bytes]] = {
     "/x-gzip": (200, {"Content-Encoding": "x-gzip"}, PACKED),
     "/both": (200, {"Content-Encoding": "gzip, identity"}, PACKED),
     "/empty": (200, {"Content-Encoding": "gzip"}, b""),
+    "/twice": (200, {"Content-Encoding": "gzip, gzip"}, gzip.compress(PACKED)),
+    "/to-secret": (302, {"Location": "/secret"}, b""),
     "/deflate": (200, {"Content-Encoding": "deflate"}, zlib.compress(b"unpacked text")),
     "/bare": (200, {"Content-Encoding": "deflate"}, BARE),
     "/bare-cut": (200, {"Content-Encoding": "deflate"}, BARE[:-4]),
@@ -254,7 +256,6 @@ class Central:
         # The pids that GET /status lists for the node, and for another one.
         self.listed: Callable[[], list[int]] = list
         self.listed_elsewhere: Callable[[], list[int]] = list
-        self.date = ""  # Thin, CloudCrowd's server, sends none
         self.port = 0
         self.held: socket.socket | None = None
         self.start()
@@ -321,8 +322,6 @@ class Central:
             if (handler.path, status) == ("/status", 200):
                 text = self.status_text()
             handler.send_response_only(status)
-            if self.date:
-                handler.send_header("Date", self.date)
             handler.send_header("Content-Length", str(len(text)))
             handler.end_headers()
             handler.wfile.write(text)
@@ -413,13 +412,12 @@ class NodeProcess:
         self.directory = directory or tempfile.mkdtemp(prefix="crowdnode-test-")
         self.central = central
         self.env = env or {}
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "MONITOR_INTERVAL": 0.1,
             # A report waits so long, and its record stays for two looks after it.
             "SUCCESS_HOLD": 0.01,
             "FAILURE_HOLD": 0.02,
             "STATUS_INTERVAL": 0.1,
-            "TEMPORARY_DIRECTORIES": (),
         }
         self.constants.update(constants or {})
         self.settings = {
@@ -1322,6 +1320,7 @@ class Actions(CodeNode):
                 ("/bare-cut", "the compressed file is cut short"),
                 ("/odd.gz", "Not a gzipped file"),
                 ("/brotli", "it is sent with Content-Encoding: br"),
+                ("/twice", "it is sent with Content-Encoding: gzip, gzip"),
                 ("/loop", "HTTP Error 302"),
             ):
                 outcome = self.do(FETCH, base + path)
@@ -1329,8 +1328,11 @@ class Actions(CodeNode):
             own = base.replace("//", "//me:p%40ss@")
             wanted = ["secret", "secret", "for me"]
             self.assertEqual(self.do(FETCH, f"{own}/secret"), ("succeeded", wanted))
-            outcome = self.do(FETCH, f"{own}/missing")
+            wanted = ["to-secret", "to-secret", "for me"]
+            self.assertEqual(self.do(FETCH, f"{own}/to-secret"), ("succeeded", wanted))
+            outcome = self.do(FETCH, f"{own}/missing?token=p%40ss")
             self.failed(outcome, f"can't download {base}/missing: HTTP Error 404")
+            self.outcome("echo", "s3://bucket/doc.pdf?key=p%40ss")
             self.assertNotIn("p%40ss", self.shared.log() + str(self.shared.status()))
             outcome = self.outcome("sleeper", f"{base}/never")
             self.assertEqual(outcome, ("failed", "time_limit of 1 s exceeded"))
@@ -1398,11 +1400,8 @@ class Spawning(Action):
         with multiprocessing.get_context(self.input).Pool(1) as pool:
             return pool.map(double, [1, 2])
 """
-THREADED = f"""
-import threading, time
-threading.Thread(target=time.sleep, args=[99], name="ticker", daemon=True).start()
-{ECHO}
-"""
+THREAD = "import threading, time\n"
+THREAD += "threading.Thread(target=time.sleep, args=[99], daemon=True).start()\n"
 IDLE = "from crowdnode import Action\nclass Idle(Action): pass\n"
 NONE = "ImportError: it must define one subclass of Action"
 LEFT_OUT = {  # actions, each with the reason
@@ -1419,7 +1418,7 @@ LEFT_OUT = {  # actions, each with the reason
     "selfless.py": (ECHO.replace("(self)", "()"),
                     "ImportError: process() must be process(self)"),
     "bare.sh": ("echo no first line", "it needs a first line such as #!/bin/sh"),
-    "lost.sh": ("#!/no/such/program -x\n", "its interpreter /no/such/program -x does"),
+    "lost.sh": ("#!/no/such/program -x\n", "its interpreter /no/such/program does not"),
     "windows.sh": ("#!/bin/sh\r\necho\r\n",
                    "its first line asks for '/bin/sh\\r', as Windows ends it: sed -i"),
 }  # fmt: skip
@@ -1430,17 +1429,21 @@ class Loading(CrowdTest):
         actions = {name: text for name, (text, _) in LEFT_OUT.items()}
         actions["twice.py"] = f"print('loading'){ECHO}"
         actions["_helper.py"] = "raise RuntimeError('helpers are not loaded')"
-        actions["quiet.py"] = f"import threading\n{ECHO}"
-        actions["threaded.py"] = THREADED
+        actions["threaded.py"] = f"{THREAD}{ECHO}"
+        wrapped = ECHO.replace("    def", "    @functools.cache\n    def")
+        actions["wrapped.py"] = f"import functools\n{wrapped}"
+        static = ECHO.replace(
+            "    def process(self", "    @staticmethod\n    def process("
+        )
+        actions["static.py"] = static
+        actions["tab.sh"] = "#!/bin/sh\t-e\necho tab"
         node = self.node(actions=actions)
-        names = ["quiet", "threaded", "twice", "word_count"]
+        names = ["static", "tab", "threaded", "twice", "word_count", "wrapped"]
         self.assertEqual(node.status()["actions"], names)
         for name, (_, reason) in LEFT_OUT.items():
             line = f"error: {node.path('actions', name)} is left out: {reason}"
             self.assertEqual(node.said(line), 1, line)
         self.assertEqual(node.said(" fork server output: loading"), 1)
-        self.assertEqual(node.said("threaded.py starts the thread ticker when"), 1)
-        self.assertEqual(node.said("when it is imported"), 1)
         self.assertEqual(node.do(unit(action="threaded")), ("succeeded", "x"))
         self.assertNotIn("DeprecationWarning", node.log())
         node.write_actions({"forgotten.sh": "#!/bin/sh\n"})
@@ -2166,7 +2169,7 @@ class Tools(CrowdTest):
         wait_for(lambda: os.path.exists(path), "another lock file")
         wait_for(lambda: node.run("--status").returncode == 0, "its node")
         self.assertEqual(node.daemon_pid, pid)
-        self.assertEqual(node.said("was deleted under this node"), 1)
+        self.assertEqual(node.said("was deleted under this node; recreated"), 1)
 
 
 class Vitals(CrowdTest):
@@ -2465,6 +2468,7 @@ class Reports(CrowdTest):
         self.assertEqual(node.said("central does not know it"), 0)
         first.fail(404, "/work/1")
         wait_for(lambda: node.said("central does not know it"), "unit 1 is discarded")
+        wait_for(lambda: first.told("DELETE", "/node/"), "a check-out there")
         second.recover()
         wait_for(lambda: node.status()["counts"]["reported"] == 1, "unit 2 is reported")
         self.assertEqual((first.reports(2), second.reports(1)), ([], []))
@@ -2721,9 +2725,16 @@ class Holds(CrowdTest):
     def test_a_success_is_held_until_the_next_unit_arrives(self) -> None:
         node = self.node(constants=self.LONG)
         central = node.central
-        for id, action, held in ((1, "echo", 1), (2, "broken", 1), (3, "echo", 2)):
+        for id, action, held in (
+            (1, "echo", [1]),
+            (2, "broken", [2]),
+            (3, "echo", [2, 3]),
+        ):
             node.take(unit(id, action))
-            wait_for(lambda: len(node.status()["waiting"]) == held, "it is held")
+            wait_for(
+                lambda: [item["id"] for item in node.status()["waiting"]] == held,
+                "it is held, and no other",
+            )
         node.take(unit(4))
         self.assertEqual(central.outcome(3), ("succeeded", "x"))
         self.assertEqual(len(central.reports(1)), 1)
@@ -2922,7 +2933,7 @@ class Orphans(CrowdTest):
         began = node.status()["uptime_seconds"]
         wait_for(lambda: node.status()["uptime_seconds"] > began + 0.4, "several ticks")
         self.assertIsNone(other.poll())
-        self.assertEqual(node.said("overdue4 of an earlier process: dropped"), 1)
+        self.assertEqual(node.said("unit overdue4: dropped: from before a restart"), 1)
         locks.close()
         node.settled()
         self.assertIsNone(other.poll())
@@ -3293,8 +3304,9 @@ class Run(CrowdTest):
         job = [*options, "--output", os.devnull, "--strings", "--run", "sleeper"]
         job += ["0.1"] * 20
         for columns, is_there in ((200, "left"), (60, "running"), (30, "done")):
-            command = [sys.executable, PROGRAM, *job]
-            shown = self.on_terminal(*command, COLUMNS=str(columns))
+            script = f'stty cols {columns} <&2; exec "$@" >/dev/null'
+            command = ["sh", "-c", script, "sh", sys.executable, PROGRAM, *job]
+            shown = self.on_terminal(*command)
             lines = [line for line in re.split(r"[\r\n]+(?:\x1b\[K)?", shown) if line]
             self.assertTrue(any(is_there in line for line in lines), lines)
             self.assertLess(max(map(len, lines)), columns)
@@ -3305,17 +3317,59 @@ class Run(CrowdTest):
         options = self.with_actions(slow=slow, other="import nosuch", bad="import no")
         done = self.job(*options, "--strings", "--run", "slow", "x")
         self.assertEqual((done.returncode, done.stdout), (0, "[null]\n"))
-        for sentence in ("are still loading", "x: half\n", "nothing for 1 of 1 input"):
+        for sentence in ("slow.py takes 1.", "x: half\n", "nothing for 1 of 1 unit"):
             self.assertIn(sentence, done.stderr)
-        done = self.job(*options, "--strings", "--run", "bad", "x")
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("bad.py is left out: ModuleNotFoundError: No mod", done.stderr)
-        self.assertNotIn("nosuch", done.stderr)
+        path = write_script(options[1].partition("=")[2], "dos.sh", "")
+        with open(path, "w") as file:
+            file.write("#!/bin/sh\r\n")
+        for name, reason in (("bad", "ModuleNotFoundError: No mod"), ("dos", "its fi")):
+            done = self.job(*options, "--strings", "--run", name, "x")
+            self.assertEqual(done.returncode, 2)
+            self.assertRegex(done.stderr, rf"{name}\.\w+ is left out: {reason}")
+            self.assertNotIn("nosuch", done.stderr)
+        merge = PIECES.replace("return self.input\n\n", "").rstrip() + "[0] / 0\n"
+        failing = merge.replace("        return len(self.input)", "        return 1")
+        job = [
+            *self.with_actions(pieces=failing),
+            "--strings",
+            "--run",
+            "pieces",
+            "a b",
+        ]
+        done = self.job(*job)
+        self.assertIn("merge: ZeroDivisionError: division by zero (3 ", done.stderr)
+        self.assertIn("2 of 2 done, 1 failed", done.stderr)
         gone = os.path.join(self.directory(), "gone.txt")
         job = [*self.with_actions(echo=ECHO), "--run", "echo"]
         done = self.job(*job, crowdnode.file_url(gone))
         line = f"file://{gone}: can't download it: No such file or directory (3 tries)"
         self.assertIn(line, done.stderr.splitlines())
+
+    def test_what_an_action_prints_is_all_there_and_its_failure_is_told_once(
+        self,
+    ) -> None:
+        action = f"""{ECHO}
+import traceback, sub.deep
+"""
+        body = """print("working...", end="", flush=True)
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            traceback.print_exc()
+        print("important", flush=True)
+        return sub.deep.fail()"""
+        options = self.with_actions(own=action.replace("return self.input", body))
+        os.mkdir(place := os.path.join(options[1].partition("=")[2], "sub"))
+        with open(os.path.join(place, "deep.py"), "w") as file:
+            file.write("def fail():\n    raise ValueError('line 1\\nline 2')\n")
+        options += ["--set", "work_unit_retries=1", "--strings"]
+        done = self.job(*options, "--run", "own", "x://a b@c")
+        shown = done.stderr.splitlines()
+        for line in ("working...Traceback (most recent call last):", "important"):
+            self.assertIn(f"x://a b@c: {line}", shown)
+        number = shown.index("x://a b@c: ValueError: line 1 line 2 (1 try)")
+        self.assertEqual(shown[number + 2], "    sub/deep.py, line 2, in fail")
+        self.assertEqual(done.stderr.count("Traceback"), 1)
 
     def test_names_need_not_be_ascii_or_utf8(self) -> None:
         place = os.path.join(os.fsencode(self.directory()), b"h\xf6me\nx")
@@ -3363,6 +3417,7 @@ def ignore_children_and_leave_descriptors() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    signal.pthread_sigmask(signal.SIG_BLOCK, crowdnode.NODE_SIGNALS)
     for _ in range(1100):
         os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     os.chdir(place := tempfile.mkdtemp())
@@ -3386,6 +3441,8 @@ class Inherited(CrowdTest):
         done = subprocess.run([program, *node.command("--daemon")[1:]], **options)
         self.assertEqual(done.returncode, 0, done.stderr.decode() + node.log())
         self.assertEqual(node.do(unit()), ("succeeded", "x"))
+        if HAS_PROC:
+            self.assertLess(len(os.listdir(f"/proc/{node.daemon_pid}/fd")), 40)
 
     def test_signals_descriptors_and_a_directory_that_is_gone(self) -> None:
         self.check(
@@ -3468,9 +3525,9 @@ class RunEnds(CrowdTest):
         os.symlink(result, link)
         for path, wanted, sentence in (
             (link, (0, ""), ""),
-            (place, (2, ""), "is a directory"),
+            (place, (2, ""), "is not the path of a file"),
             (f"{place}/no/such", (2, ""), "there is no writable directory"),
-            ("", (2, ""), "FILE is empty"),
+            ("", (2, ""), "is not the path of a file"),
             ("/dev/stdout", (0, "["), ""),
             ("/dev/full", (1, "["), "No space left on device; so the outputs are"),
         ):
@@ -3826,7 +3883,7 @@ class Stops(CrowdTest):
         wait_for(lambda: os.path.lexists(link), "it has started a daemon")
         pid = int(os.readlink(link))
         os.kill(node.fork_server, signal.SIGKILL)
-        wait_for(lambda: node.said("the fork server has gone"), "its death is noticed")
+        wait_for(lambda: node.said("the fork server died"), "its death is noticed")
         os.unlink(link)
         self.assertEqual(node.central.outcome(1)[0], "succeeded")
         wait_for(lambda: not alive(pid), "the daemon has been ended")
@@ -3864,7 +3921,7 @@ class Reloads(CrowdTest):
         self.assertEqual(done.returncode, 1)
         self.assertIn(wrong, done.stderr)
         os.kill(node.daemon_pid, signal.SIGHUP)
-        wait_for(lambda: node.said(wrong), "it is refused")
+        wait_for(lambda: node.said(wrong) == 2, "it is refused")
         os.chmod(node.path("state"), 0o770)
         node.write_config(max_load="", central_server=other.url)
         os.kill(node.daemon_pid, signal.SIGHUP)
@@ -4092,6 +4149,8 @@ class CommandLine(CrowdTest):
                 file.write(f"{fault}\n")
             self.assertEqual(node.run("--status").returncode, 0, fault)
             self.assertEqual(node.run("--check").returncode, 2, fault)
+        for more in (["--config", "/no/such.conf"], ["--set", "stat_path=/x"]):
+            self.assertEqual(node.run("--stop", *more).returncode, 2, more)
         done = node.run("--reload")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("not reloaded, everything stays as it was: ", done.stderr)
@@ -4108,6 +4167,8 @@ class CommandLine(CrowdTest):
         said = f"reloaded; changed keys: max_load; actions: {actions}\n"
         said += "port has changed, which takes a restart\n"
         self.assertEqual(done.stdout, said)
+        node.write_actions({"bad.py": "x("})
+        self.assertIn("bad.py is left out: SyntaxError", node.run("--reload").stdout)
         os.rename(node.path("actions"), node.path("away"))
         done = node.run("--reload", "--set", "disable_default_actions=yes")
         self.assertEqual((done.returncode, done.stderr), (0, ""))  # word_count is left
@@ -4180,13 +4241,11 @@ class CommandLine(CrowdTest):
         os.unlink(node.path("actions", "slow.py"))
         node.write_config(disabled_actions="graphics_magick process_pdfs", port=0)
         node.write_config(bind="127.0.0.1")
-        central.date = "Thu, 01 Jan 2015 00:00:00 GMT"
         node.write_config(host="no-such-host.invalid", aws_secret_key="x", login="y")
         node.write_actions({"syntax.py": "def"})
         os.chmod(node.path("crowdnode.conf"), 0o644)
         os.mkdir(node.path("state", "storage"))
         os.chmod(node.path("state", "storage"), 0o777)
-        node.constants["TEMPORARY_DIRECTORIES"] = (f"{node.directory}/",)
         shown = node.run("--check", "--set", "password=z").stdout
         central.heartbeat = b"<h1>It works!</h1>"
         shown += node.run("--check").stdout
@@ -4198,9 +4257,7 @@ class CommandLine(CrowdTest):
             "others can read it: chmod 600",
             "warning: the password is on the command line",
             "warning: local_storage_path: others can write to",
-            "warning: temp_storage_path: ",
             "syntax.py is left out",
-            "warning: clock: +",
             "answers, but is not CloudCrowd",
             f"error: central: {central.url}: ",
         ):
