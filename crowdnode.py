@@ -2701,10 +2701,8 @@ class NodeLock:
         """Update the file's time, which other machines check; recreate a deleted file.
         Returns False if another node has done so."""
         with contextlib.suppress(OSError):
-            is_there = os.path.exists(self.path)
-            same = is_there and os.path.samestat(
-                os.stat(self.path), os.fstat(self.descriptor)
-            )
+            path, own = self.path, os.fstat(self.descriptor)
+            same = os.path.exists(path) and os.path.samestat(os.stat(path), own)
             if not same:
                 descriptor = lock_file(self.path)
                 if descriptor is None:
@@ -2920,9 +2918,8 @@ class Unit:
         fields.update(pid=self.worker or None, started_at=iso_time(self.started_at))
         fields["seconds"] = round(self.age(), 3)
         if self.seconds is not None:
-            ended_at = iso_time(self.started_at + self.seconds)
             fields.update(outcome=self.kind or None, reason=self.reason or None)
-            fields["ended_at"] = ended_at
+            fields["ended_at"] = iso_time(self.started_at + self.seconds)
         return fields
 
 
@@ -4072,8 +4069,7 @@ class Node:
         return None
 
     def is_too_much(self, unit: Unit) -> bool:
-        """Return whether central has answered 500 to *unit* REFUSALS times, and has
-        taken reports of others in between."""
+        """Return whether central refuses *unit* with 500 while it takes others."""
         taken = self.counters.reported
         if taken != unit.taken_before:
             unit.refusals, unit.taken_before = unit.refusals + 1, taken
@@ -4215,8 +4211,7 @@ class Node:
             self.judge_orphans()
 
     def cut_back(self, path: str) -> None:
-        """Cut the file of what a worker prints back to its tail, before it fills the
-        disk.  Raises OSError."""
+        """Cut the file of what a worker prints back to its tail.  Raises OSError."""
         if os.stat(path).st_size > OUTPUT_LIMIT:
             tail = read_file(path, OUTPUT_TAIL)
             os.truncate(path, 0)  # its writers append
@@ -5711,8 +5706,7 @@ def run_node(
 
 
 def listen(config: Config, earlier: int, listener: int | None) -> NodeServer:
-    """Return a server that listens; where any port will do, on the *earlier* node's, so
-    that central knows this one by the same name.  Raises CrowdError."""
+    """Return a listening server; with port 0 on the *earlier* node's port, if free."""
     if not config.port and earlier and listener is None:
         with contextlib.suppress(OSError):
             return NodeServer(config, earlier)
@@ -5836,9 +5830,7 @@ def run_in_background(
 
 
 def signal_node(lock: NodeLock, number: int) -> int:
-    """Signal the node that runs here; return its pid.
-
-    Raises NotRunning, and CrowdError where it can't be signalled."""
+    """Signal the node that runs here; return its pid.  Raises CrowdError."""
     holder = lock.holder()
     if not holder:
         raise not_running(lock.config)
@@ -6094,11 +6086,9 @@ def check_central(config: Config) -> list[tuple[str, str]]:
     except CentralError as error:
         return [("error", f"{name}: {error}")]
     if body.strip() != HEARTBEAT.encode():
-        sentence = (
-            f"{name} answers, but is not CloudCrowd: its heartbeat is not {HEARTBEAT}: "
-            "check central_server, and any proxy in front of it"
-        )
-        return [("error", sentence)]
+        wrong = f"answers, but is not CloudCrowd: its heartbeat is not {HEARTBEAT}"
+        remedy = "check central_server, and any proxy in front of it"
+        return [("error", f"{name} {wrong}: {remedy}")]
     return [("ok", f"{name} answers")]
 
 
