@@ -5342,11 +5342,14 @@ class LocalRun:
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.names: list[str] = arguments.names
-        place = None
-        if config.temp_storage_path != config.state_file("work"):
-            place = config.temp_storage_path
+        place = config.temp_storage_path
+        if place == config.state_file("work"):  # the default: no node need be here
+            place = tempfile.gettempdir()
+        try:
             make_private_directory(place)
-        self.directory = tempfile.mkdtemp(prefix="crowdnode-", dir=place)
+            self.directory = tempfile.mkdtemp(prefix="crowdnode-", dir=place)
+        except OSError as error:
+            raise CrowdError(f"can't use {place}: {error.strerror}") from None
         self.log: deque[str] = deque(maxlen=100)  # the node's last lines
         self.trouble, self.trouble_at = "", 0.0  # its last warning, and since when
         self.shown_trouble = ""
@@ -5366,9 +5369,8 @@ class LocalRun:
         vars(self.config)["central_server"] = url
         self.node: subprocess.Popen[bytes] | None = None
         self.began = time.monotonic()
-        self.printed: dict[
-            int, tuple[int, bytes]
-        ] = {}  # bytes read, rest, by task's id
+        # By a task's id: how much of what it has printed was read, and the last line.
+        self.printed: dict[int, tuple[int, bytes]] = {}
         self.shown_failures = 0
         self.is_over = False  # signals have no effect any more
         self.is_patient = self.is_interrupted = False  # see _interrupt()
