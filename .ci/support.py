@@ -1,0 +1,351 @@
+"""What several programs of this directory need: venvs, figures of /proc, and a central
+server that submits units as fast as the node accepts them.  Linux alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from typing import Any, Callable, Iterable, cast
+
+sys.dont_write_bytecode = True
+CI = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(CI)
+sys.path.insert(0, ROOT)
+
+import crowdnode  # noqa: E402, F401  both are in the directory above this one
+import test_crowdnode as helpers  # noqa: E402
+
+TICKS = os.sysconf("SC_CLK_TCK")
+WHO = ("node", "fork server", "worker")
+CPU_KINDS = [f"{who} {what}" for who in WHO for what in ("user", "system")]
+POSTS_AT_ONCE = 4  # as a central of a few threads posts
+TEMPLATE_ID = b"7777777"  # the place of the id in a request; ids have as many digits
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
+NO_WORKERS = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"nodes": []}'
+LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)\r\n")
+PORT = re.compile(rb"PUT /node/(?:\S+:(\d+) |.*\bport=(\d+))", re.DOTALL)
+
+# ---------------------------------------------------------------------------
+# Venvs.
+# ---------------------------------------------------------------------------
+
+
+def make_venv(name: str, base: str = sys.executable) -> str:
+    """Install .ci/NAME-requirements.txt into .ci/NAME-venv and return its Python."""
+    venv = os.path.join(CI, f"{name}-venv")
+    python = os.path.join(venv, "bin", "python")
+    wanted = os.path.join(CI, f"{name}-requirements.txt")
+    if not os.path.exists(python):
+        subprocess.run([base, "-m", "venv", venv], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
+    return python
+
+
+def run_in_venv(name: str) -> None:
+    """Continue as the same program on the Python of .ci/NAME-venv."""
+    if sys.prefix != os.path.join(CI, f"{name}-venv"):
+        python = make_venv(name)
+        os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
+
+
+# ---------------------------------------------------------------------------
+# Figures of /proc.
+# ---------------------------------------------------------------------------
+
+
+def cpu_times(pid: int) -> tuple[int, list[float]]:
+    """Return the parent of *pid* and its seconds: user, system, and the same of its
+    children that it has waited for.  Raises OSError."""
+    with open(f"/proc/{pid}/stat") as file:
+        words = file.read().rpartition(")")[2].split()
+    return int(words[1]), [int(word) / TICKS for word in words[11:15]]
+
+
+def family(roots: Iterable[int]) -> dict[int, tuple[int, list[float]]]:
+    """Return the processes *roots* and all below them."""
+    table = {}
+    children: dict[int, list[int]] = {}
+    for pid in helpers.all_processes():
+        with contextlib.suppress(OSError):
+            table[pid] = cpu_times(pid)
+            children.setdefault(table[pid][0], []).append(pid)
+    found, left = {}, list(roots)
+    while left:
+        pid = left.pop()
+        if pid in table:
+            found[pid] = table[pid]
+            left += children.get(pid, [])
+    return found
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Return the kB of *pid* by kind: Rss, Pss, Pss_Anon and others."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return {
+            key: int(size) for key, size in re.findall(r"(\w+): +(\d+) kB", file.read())
+        }
+
+
+def resources(node: helpers.NodeProcess, pids: dict[str, int]) -> dict[str, int]:
+    """Return the kB, threads and descriptors of each process, and the number of files
+    below state_path; rotated logs do not count."""
+    held = {}
+    for who, pid in pids.items():
+        sizes = memory(pid)
+        held[f"{who}, RSS kB"] = sizes["Rss"]
+        held[f"{who}, anonymous kB"] = sizes.get("Pss_Anon", sizes["Pss"])
+        held[f"{who}, threads"] = len(os.listdir(f"/proc/{pid}/task"))
+        held[f"{who}, descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
+    held["files"] = sum(
+        not re.fullmatch(r"node\.log\.[1-5]", name)
+        for _, directories, files in os.walk(node.path("state"))
+        for name in directories + files
+    )
+    return held
+
+
+def log_faults(log: str) -> list[str]:
+    """Return the errors and tracebacks of the node's log, each kind once.  What actions
+    print does not count."""
+    found: dict[str, list[str]] = {}
+    for record in re.split(r"(?m)^(?=\d{4}-\d\d-\d\d )", log):
+        head = record.partition("\n")[0]
+        if " output: " not in head and re.search(r" error: |\nTraceback", record):
+            found.setdefault(record.strip().rpartition("\n")[2], []).append(record)
+    return [f"{len(same)} times in the log: {same[0]}" for same in found.values()]
+
+
+# ---------------------------------------------------------------------------
+# A system: accepts units and lets its submitter learn their outcomes.
+# ---------------------------------------------------------------------------
+
+
+class System:
+    """A subclass defines start(), which may return before it is ready; submit(action,
+    input), whose defaults are a no-op; and step(seconds), which waits up to that time
+    for outcomes, and passes their keys to finish().
+
+    begun: when each outstanding unit was submitted.  replies, outcomes: seconds until a
+    unit was accepted, and until its outcome was known.  roots: its topmost processes,
+    without the broker."""
+
+    def __init__(self) -> None:
+        self.begun: dict[Any, float] = {}
+        self.replies: list[float] = []
+        self.outcomes: list[float] = []
+        self.roots: list[int] = []
+        self.directory = tempfile.mkdtemp(prefix="crowdnode-load-")
+
+    def stop(self) -> None:
+        """Leave nothing; a subclass ends its processes first."""
+        shutil.rmtree(self.directory)
+
+    def start_and_run(self) -> float:
+        """Start it and run a unit; return the seconds until its outcome was known."""
+        began = time.perf_counter()
+        self.start()
+        self.run(1, 1)
+        return time.perf_counter() - began
+
+    def finish(self, key: Any) -> None:
+        """Note that the outcome of the unit *key* is known."""
+        self.outcomes.append(time.perf_counter() - self.begun.pop(key))
+
+    def drain(self) -> None:
+        while self.begun:
+            self.step()
+
+    def run(self, units: int, outstanding: int) -> None:
+        """Run that many no-op units to their end."""
+        for _ in range(units):
+            while len(self.begun) >= outstanding:
+                self.step()
+            self.submit()
+        self.drain()
+
+
+class HttpSystem(System):
+    """A central server that posts units and takes reports on the caller's thread.
+
+    port: of the node, once it has checked in.  reports: how often each unit was
+    reported.  held: units that run on while others are measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.port = 0
+        self.reports: Counter[int] = Counter()
+        self.held: set[int] = set()
+        self.next = 1_000_000
+        self.template = ("", "", b"", b"")
+        self.waiting: deque[tuple[int, bytes, bytes]] = deque()
+        self.posting: dict[int, tuple[socket.socket, float]] = {}
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        # The connection arrives together with its request, so nothing waits for it.
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
+        self.listener.setblocking(False)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.events = select.epoll()
+        self.events.register(self.listener.fileno(), select.EPOLLIN)
+
+    def submit(self, action: str = "no_op", input: str = "x") -> None:
+        if self.template[:2] != (action, input):
+            unit = helpers.unit(int(TEMPLATE_ID), action, input)
+            before, _, after = helpers.work_request(unit).partition(TEMPLATE_ID)
+            self.template = action, input, before, after
+        self.begun[self.next] = time.perf_counter()
+        self.waiting.append((self.next, *self.template[2:]))
+        self.next += 1
+        self._post()
+
+    def _post(self) -> None:
+        while self.waiting and len(self.posting) < POSTS_AT_ONCE:
+            key, before, after = self.waiting.popleft()
+            began = self.begun[key] = time.perf_counter()
+            connection = socket.create_connection(("127.0.0.1", self.port), 60)
+            connection.sendall(b"%b%d%b" % (before, key, after))
+            self.posting[connection.fileno()] = connection, began
+            self.events.register(connection.fileno(), select.EPOLLIN)
+
+    def step(self, seconds: float = 1.0) -> None:
+        """Raise RuntimeError for a unit that was refused or failed."""
+        for descriptor, _ in self.events.poll(seconds):
+            if descriptor in self.posting:
+                self._read_reply(descriptor)
+            else:
+                self._accept()
+
+    def _read_reply(self, descriptor: int) -> None:
+        connection, began = self.posting.pop(descriptor)
+        self.events.unregister(descriptor)
+        with connection:
+            data = connection.recv(4096)
+            while not data.endswith(b"}") and (piece := connection.recv(4096)):
+                data += piece
+        self.replies.append(time.perf_counter() - began)
+        if b" 200 " not in data[:13]:
+            raise RuntimeError(f"a unit was refused: {data[:500]!r}")
+        self._post()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = self.listener.accept()
+                with connection:
+                    request = read_request(connection)
+                    is_look = request.startswith(b"GET /status ")
+                    connection.sendall(NO_WORKERS if is_look else NO_CONTENT)
+                    self._note(request)
+
+    def _note(self, request: bytearray) -> None:
+        """Read a call of the node to central."""
+        if request.startswith(b"PUT /node/"):
+            port = PORT.match(request)
+            self.port = int(port[1] or port[2]) if port else 0
+        elif request.startswith(b"PUT /work/"):
+            if b"status=succeeded" not in request:
+                raise RuntimeError(f"a unit failed: {bytes(request[:500])!r}")
+            key = int(request[10:17])
+            self.reports[key] += 1
+            self.held.discard(key)
+            if key in self.begun:
+                self.finish(key)
+
+    def drain(self) -> None:
+        while self.begun or self.posting:
+            self.step()
+
+    def wait_for_check_in(self) -> None:
+        while not self.port:
+            self.step()
+        self.pids = dict(zip(WHO, [self.roots[0], self.fork_server()]))
+
+    def fork_server(self) -> int:
+        """Return the pid of the fork server; no unit runs."""
+        raise NotImplementedError
+
+    def cpu(self) -> dict[str, float]:
+        """Return the processor time until now, by kind of process.
+
+        Of processes as short as workers the kernel has the sum right, and guesses at
+        its division into user and system."""
+        node, server = (cpu_times(pid)[1] for pid in self.pids.values())
+        return dict(zip(CPU_KINDS, [*node[:2], *server]))
+
+    def hold(self, count: int) -> None:
+        """Run *count* more units of the action "hold" until release."""
+        pipe = os.path.join(self.directory, "pipe")
+        if not os.path.exists(pipe):
+            os.mkfifo(pipe)
+        for _ in range(count):
+            self.submit("hold", pipe)
+        self.set_aside()
+
+    def set_aside(self) -> None:
+        """Let what is outstanding run on while other units are measured."""
+        while self.posting:
+            self.step()
+        self.held.update(self.begun)
+        self.begun.clear()
+
+    def release(self) -> None:
+        """Run the held units to their end."""
+        pipe = os.path.join(self.directory, "pipe")
+        while self.held:
+            with contextlib.suppress(OSError):  # ENXIO: none waits there just now
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            self.step(0.1)
+
+
+def read_request(connection: socket.socket) -> bytearray:
+    """Return one request, head and body."""
+    data, wanted = bytearray(), -1
+    while wanted < 0 or len(data) < wanted:
+        piece = connection.recv(1 << 20)
+        if not piece:
+            raise RuntimeError(f"a request ended early: {bytes(data[:300])!r}")
+        data += piece
+        if wanted < 0 and (end := data.find(b"\r\n\r\n")) >= 0:
+            length = LENGTH.search(data, 0, end + 2)
+            wanted = end + 4 + (int(length[1]) if length else 0)
+    return data
+
+
+class Crowdnode(HttpSystem):
+    """A node as users run it, without a limit on its units."""
+
+    def __init__(self, actions: dict[str, str], **settings: Any) -> None:
+        super().__init__()
+        central = cast(helpers.Central, self)  # the node needs its URL alone
+        settings = {"max_workers": 0, **settings}
+        self.node = helpers.NodeProcess(central, actions, **settings)
+        self.node.program = helpers.PROGRAM
+
+    def start(self) -> None:
+        self.port = 0
+        self.node.start(wait=False)
+        self.roots = [self.node.pid]
+        self.wait_for_check_in()
+
+    def fork_server(self) -> int:
+        return self.node.fork_server
+
+    def while_serving(self, call: Callable[[], Any]) -> None:
+        """Answer the node's calls to central while *call* runs."""
+        thread = threading.Thread(target=call)
+        thread.start()
+        while thread.is_alive():
+            self.step(0.02)
+
+    def stop(self) -> None:
+        self.while_serving(self.node.destroy)
+        super().stop()
