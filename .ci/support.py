@@ -29,7 +29,6 @@ TICKS = os.sysconf("SC_CLK_TCK")
 WHO = ("node", "fork server", "worker")
 CPU_KINDS = [f"{who} {what}" for who in WHO for what in ("user", "system")]
 POSTS_AT_ONCE = 4  # as a central of a few threads posts
-TEMPLATE_ID = b"7777777"  # the place of the id in a request; ids have as many digits
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 NO_WORKERS = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"nodes": []}'
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)\r\n")
@@ -114,6 +113,15 @@ def resources(node: helpers.NodeProcess, pids: dict[str, int]) -> dict[str, int]
     return held
 
 
+def grown(before: dict[str, int], after: dict[str, int], spare_kb: int) -> list[str]:
+    """Return which resources are more than before, memory by more than 5 % and that."""
+    return [
+        f"{key}: {was} before, {after[key]} after"
+        for key, was in before.items()
+        if after[key] > (was * 1.05 + spare_kb if key.endswith("kB") else was)
+    ]
+
+
 def log_faults(log: str) -> list[str]:
     """Return the errors and tracebacks of the node's log, each kind once.  What actions
     print does not count."""
@@ -186,8 +194,7 @@ class HttpSystem(System):
         self.reports: Counter[int] = Counter()
         self.held: set[int] = set()
         self.next = 1_000_000
-        self.template = ("", "", b"", b"")
-        self.waiting: deque[tuple[int, bytes, bytes]] = deque()
+        self.waiting: deque[tuple[int, bytes]] = deque()
         self.posting: dict[int, tuple[socket.socket, float]] = {}
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         # The connection arrives together with its request, so nothing waits for it.
@@ -198,21 +205,18 @@ class HttpSystem(System):
         self.events.register(self.listener.fileno(), select.EPOLLIN)
 
     def submit(self, action: str = "no_op", input: str = "x") -> None:
-        if self.template[:2] != (action, input):
-            unit = helpers.unit(int(TEMPLATE_ID), action, input)
-            before, _, after = helpers.work_request(unit).partition(TEMPLATE_ID)
-            self.template = action, input, before, after
         self.begun[self.next] = time.perf_counter()
-        self.waiting.append((self.next, *self.template[2:]))
+        request = helpers.work_request(helpers.unit(self.next, action, input))
+        self.waiting.append((self.next, request))
         self.next += 1
         self._post()
 
     def _post(self) -> None:
         while self.waiting and len(self.posting) < POSTS_AT_ONCE:
-            key, before, after = self.waiting.popleft()
+            key, request = self.waiting.popleft()
             began = self.begun[key] = time.perf_counter()
             connection = socket.create_connection(("127.0.0.1", self.port), 60)
-            connection.sendall(b"%b%d%b" % (before, key, after))
+            connection.sendall(request)
             self.posting[connection.fileno()] = connection, began
             self.events.register(connection.fileno(), select.EPOLLIN)
 
