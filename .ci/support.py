@@ -1,5 +1,5 @@
-"""What several programs of this directory need: venvs, figures of /proc, and a central
-server that submits units as fast as the node accepts them.  Linux alone."""
+"""What several programs of this directory need: venvs, what a process holds, and a
+central server that submits units as fast as a node accepts them.  Linux alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from typing import Any, Callable, Iterable, cast
+from typing import Any, Callable, cast
 
 sys.dont_write_bytecode = True
 CI = os.path.dirname(os.path.abspath(__file__))
@@ -25,74 +25,29 @@ sys.path.insert(0, ROOT)
 import crowdnode  # noqa: E402, F401  both are in the directory above this one
 import test_crowdnode as helpers  # noqa: E402
 
-TICKS = os.sysconf("SC_CLK_TCK")
-WHO = ("node", "fork server", "worker")
-CPU_KINDS = [f"{who} {what}" for who in WHO for what in ("user", "system")]
 POSTS_AT_ONCE = 4  # as a central of a few threads posts
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 NO_WORKERS = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"nodes": []}'
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)\r\n")
 PORT = re.compile(rb"PUT /node/(?:\S+:(\d+) |.*\bport=(\d+))", re.DOTALL)
 
-# ---------------------------------------------------------------------------
-# Venvs.
-# ---------------------------------------------------------------------------
-
 
 def make_venv(name: str, base: str = sys.executable) -> str:
     """Install .ci/NAME-requirements.txt into .ci/NAME-venv and return its Python."""
-    venv = os.path.join(CI, f"{name}-venv")
-    python = os.path.join(venv, "bin", "python")
+    python = os.path.join(CI, f"{name}-venv", "bin", "python")
     wanted = os.path.join(CI, f"{name}-requirements.txt")
     if not os.path.exists(python):
-        subprocess.run([base, "-m", "venv", venv], check=True)
+        command = [base, "-m", "venv", os.path.join(CI, f"{name}-venv")]
+        subprocess.run(command, check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
     return python
 
 
-def run_in_venv(name: str) -> None:
+def run_in_venv(name: str, base: str = sys.executable) -> None:
     """Continue as the same program on the Python of .ci/NAME-venv."""
     if sys.prefix != os.path.join(CI, f"{name}-venv"):
-        python = make_venv(name)
+        python = make_venv(name, base)
         os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
-
-
-# ---------------------------------------------------------------------------
-# Figures of /proc.
-# ---------------------------------------------------------------------------
-
-
-def cpu_times(pid: int) -> tuple[int, list[float]]:
-    """Return the parent of *pid* and its seconds: user, system, and the same of its
-    children that it has waited for.  Raises OSError."""
-    with open(f"/proc/{pid}/stat") as file:
-        words = file.read().rpartition(")")[2].split()
-    return int(words[1]), [int(word) / TICKS for word in words[11:15]]
-
-
-def family(roots: Iterable[int]) -> dict[int, tuple[int, list[float]]]:
-    """Return the processes *roots* and all below them."""
-    table = {}
-    children: dict[int, list[int]] = {}
-    for pid in helpers.all_processes():
-        with contextlib.suppress(OSError):
-            table[pid] = cpu_times(pid)
-            children.setdefault(table[pid][0], []).append(pid)
-    found, left = {}, list(roots)
-    while left:
-        pid = left.pop()
-        if pid in table:
-            found[pid] = table[pid]
-            left += children.get(pid, [])
-    return found
-
-
-def memory(pid: int) -> dict[str, int]:
-    """Return the kB of *pid* by kind: Rss, Pss, Pss_Anon and others."""
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        return {
-            key: int(size) for key, size in re.findall(r"(\w+): +(\d+) kB", file.read())
-        }
 
 
 def resources(node: helpers.NodeProcess, pids: dict[str, int]) -> dict[str, int]:
@@ -100,9 +55,9 @@ def resources(node: helpers.NodeProcess, pids: dict[str, int]) -> dict[str, int]
     below state_path; rotated logs do not count."""
     held = {}
     for who, pid in pids.items():
-        sizes = memory(pid)
-        held[f"{who}, RSS kB"] = sizes["Rss"]
-        held[f"{who}, anonymous kB"] = sizes.get("Pss_Anon", sizes["Pss"])
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            for kind, size in re.findall(r"(?m)^(Rss|Pss_Anon): +(\d+)", file.read()):
+                held[f"{who}, {kind} kB"] = int(size)
         held[f"{who}, threads"] = len(os.listdir(f"/proc/{pid}/task"))
         held[f"{who}, descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
     held["files"] = sum(
@@ -133,19 +88,15 @@ def log_faults(log: str) -> list[str]:
     return [f"{len(same)} times in the log: {same[0]}" for same in found.values()]
 
 
-# ---------------------------------------------------------------------------
-# A system: accepts units and lets its submitter learn their outcomes.
-# ---------------------------------------------------------------------------
-
-
 class System:
-    """A subclass defines start(), which may return before it is ready; submit(action,
-    input), whose defaults are a no-op; and step(seconds), which waits up to that time
-    for outcomes, and passes their keys to finish().
+    """What accepts units and lets its submitter learn their outcomes.
 
-    begun: when each outstanding unit was submitted.  replies, outcomes: seconds until a
-    unit was accepted, and until its outcome was known.  roots: its topmost processes,
-    without the broker."""
+    A subclass defines start(), which may return before it is ready; submit(action,
+    input), whose defaults are a no-op; and step(seconds), which waits up to that time
+    for outcomes and passes their keys to finish().
+
+    begun: when each outstanding unit was submitted.  replies, outcomes: seconds until
+    a unit was accepted, and until its outcome was known.  roots: its top processes."""
 
     def __init__(self) -> None:
         self.begun: dict[Any, float] = {}
@@ -158,18 +109,12 @@ class System:
         """Leave nothing; a subclass ends its processes first."""
         shutil.rmtree(self.directory)
 
-    def start_and_run(self) -> float:
-        """Start it and run a unit; return the seconds until its outcome was known."""
-        began = time.perf_counter()
-        self.start()
-        self.run(1, 1)
-        return time.perf_counter() - began
-
     def finish(self, key: Any) -> None:
         """Note that the outcome of the unit *key* is known."""
         self.outcomes.append(time.perf_counter() - self.begun.pop(key))
 
     def drain(self) -> None:
+        """Wait for all outstanding outcomes."""
         while self.begun:
             self.step()
 
@@ -203,6 +148,10 @@ class HttpSystem(System):
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.events = select.epoll()
         self.events.register(self.listener.fileno(), select.EPOLLIN)
+
+    def wait_for_check_in(self) -> None:
+        while not self.port:
+            self.step()
 
     def submit(self, action: str = "no_op", input: str = "x") -> None:
         self.begun[self.next] = time.perf_counter()
@@ -252,9 +201,8 @@ class HttpSystem(System):
 
     def _note(self, request: bytearray) -> None:
         """Read a call of the node to central."""
-        if request.startswith(b"PUT /node/"):
-            port = PORT.match(request)
-            self.port = int(port[1] or port[2]) if port else 0
+        if port := PORT.match(request):
+            self.port = int(port[1] or port[2])
         elif request.startswith(b"PUT /work/"):
             if b"status=succeeded" not in request:
                 raise RuntimeError(f"a unit failed: {bytes(request[:500])!r}")
@@ -268,23 +216,6 @@ class HttpSystem(System):
         while self.begun or self.posting:
             self.step()
 
-    def wait_for_check_in(self) -> None:
-        while not self.port:
-            self.step()
-        self.pids = dict(zip(WHO, [self.roots[0], self.fork_server()]))
-
-    def fork_server(self) -> int:
-        """Return the pid of the fork server; no unit runs."""
-        raise NotImplementedError
-
-    def cpu(self) -> dict[str, float]:
-        """Return the processor time until now, by kind of process.
-
-        Of processes as short as workers the kernel has the sum right, and guesses at
-        its division into user and system."""
-        node, server = (cpu_times(pid)[1] for pid in self.pids.values())
-        return dict(zip(CPU_KINDS, [*node[:2], *server]))
-
     def hold(self, count: int) -> None:
         """Run *count* more units of the action "hold" until release."""
         pipe = os.path.join(self.directory, "pipe")
@@ -292,10 +223,6 @@ class HttpSystem(System):
             os.mkfifo(pipe)
         for _ in range(count):
             self.submit("hold", pipe)
-        self.set_aside()
-
-    def set_aside(self) -> None:
-        """Let what is outstanding run on while other units are measured."""
         while self.posting:
             self.step()
         self.held.update(self.begun)
@@ -330,8 +257,7 @@ class Crowdnode(HttpSystem):
     def __init__(self, actions: dict[str, str], **settings: Any) -> None:
         super().__init__()
         central = cast(helpers.Central, self)  # the node needs its URL alone
-        settings = {"max_workers": 0, **settings}
-        self.node = helpers.NodeProcess(central, actions, **settings)
+        self.node = helpers.NodeProcess(central, actions, max_workers=0, **settings)
         self.node.program = helpers.PROGRAM
 
     def start(self) -> None:
@@ -339,9 +265,6 @@ class Crowdnode(HttpSystem):
         self.node.start(wait=False)
         self.roots = [self.node.pid]
         self.wait_for_check_in()
-
-    def fork_server(self) -> int:
-        return self.node.fork_server
 
     def while_serving(self, call: Callable[[], Any]) -> None:
         """Answer the node's calls to central while *call* runs."""
