@@ -50,9 +50,8 @@ def run_in_venv(name: str, base: str = sys.executable) -> None:
         os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
-def resources(node: helpers.NodeProcess, pids: dict[str, int]) -> dict[str, int]:
-    """Return the kB, threads and descriptors of each process, and the number of files
-    below state_path; rotated logs do not count."""
+def resources(pids: dict[str, int]) -> dict[str, int]:
+    """Return the kB, threads and descriptors of each process."""
     held = {}
     for who, pid in pids.items():
         with open(f"/proc/{pid}/smaps_rollup") as file:
@@ -60,11 +59,6 @@ def resources(node: helpers.NodeProcess, pids: dict[str, int]) -> dict[str, int]
                 held[f"{who}, {kind} kB"] = int(size)
         held[f"{who}, threads"] = len(os.listdir(f"/proc/{pid}/task"))
         held[f"{who}, descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
-    held["files"] = sum(
-        not re.fullmatch(r"node\.log\.[1-5]", name)
-        for _, directories, files in os.walk(node.path("state"))
-        for name in directories + files
-    )
     return held
 
 
