@@ -28,7 +28,7 @@ import test_crowdnode as helpers  # noqa: E402
 POSTS_AT_ONCE = 4  # as a central of a few threads posts
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 NO_WORKERS = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"nodes": []}'
-LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)\r\n")
+LENGTH = re.compile(rb"(?i)\ncontent-length: *(\d+)")
 PORT = re.compile(rb"PUT /node/(?:\S+:(\d+) |.*\bport=(\d+))", re.DOTALL)
 
 
@@ -124,7 +124,7 @@ class System:
 class HttpSystem(System):
     """A central server that posts units and takes reports on the caller's thread.
 
-    port: of the node, once it has checked in.  reports: how often each unit was
+    port: of the node, when it has checked in.  reports: how often each unit was
     reported.  held: units that run on while others are measured."""
 
     def __init__(self) -> None:
@@ -142,10 +142,6 @@ class HttpSystem(System):
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.events = select.epoll()
         self.events.register(self.listener.fileno(), select.EPOLLIN)
-
-    def wait_for_check_in(self) -> None:
-        while not self.port:
-            self.step()
 
     def submit(self, action: str = "no_op", input: str = "x") -> None:
         self.begun[self.next] = time.perf_counter()
@@ -175,9 +171,7 @@ class HttpSystem(System):
         connection, began = self.posting.pop(descriptor)
         self.events.unregister(descriptor)
         with connection:
-            data = connection.recv(4096)
-            while not data.endswith(b"}") and (piece := connection.recv(4096)):
-                data += piece
+            data = b"".join(iter(lambda: connection.recv(4096), b""))
         self.replies.append(time.perf_counter() - began)
         if b" 200 " not in data[:13]:
             raise RuntimeError(f"a unit was refused: {data[:500]!r}")
@@ -193,13 +187,13 @@ class HttpSystem(System):
                     connection.sendall(NO_WORKERS if is_look else NO_CONTENT)
                     self._note(request)
 
-    def _note(self, request: bytearray) -> None:
+    def _note(self, request: bytes) -> None:
         """Read a call of the node to central."""
         if port := PORT.match(request):
             self.port = int(port[1] or port[2])
         elif request.startswith(b"PUT /work/"):
             if b"status=succeeded" not in request:
-                raise RuntimeError(f"a unit failed: {bytes(request[:500])!r}")
+                raise RuntimeError(f"a unit failed: {request[:500]!r}")
             key = int(request[10:17])
             self.reports[key] += 1
             self.held.discard(key)
@@ -212,11 +206,11 @@ class HttpSystem(System):
 
     def hold(self, count: int) -> None:
         """Run *count* more units of the action "hold" until release."""
-        pipe = os.path.join(self.directory, "pipe")
-        if not os.path.exists(pipe):
-            os.mkfifo(pipe)
+        self.pipe = os.path.join(self.directory, "pipe")
+        if not os.path.exists(self.pipe):
+            os.mkfifo(self.pipe)
         for _ in range(count):
-            self.submit("hold", pipe)
+            self.submit("hold", self.pipe)
         while self.posting:
             self.step()
         self.held.update(self.begun)
@@ -224,25 +218,20 @@ class HttpSystem(System):
 
     def release(self) -> None:
         """Run the held units to their end."""
-        pipe = os.path.join(self.directory, "pipe")
         while self.held:
             with contextlib.suppress(OSError):  # ENXIO: none waits there just now
-                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+                os.close(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK))
             self.step(0.1)
 
 
-def read_request(connection: socket.socket) -> bytearray:
+def read_request(connection: socket.socket) -> bytes:
     """Return one request, head and body."""
-    data, wanted = bytearray(), -1
-    while wanted < 0 or len(data) < wanted:
-        piece = connection.recv(1 << 20)
-        if not piece:
-            raise RuntimeError(f"a request ended early: {bytes(data[:300])!r}")
-        data += piece
-        if wanted < 0 and (end := data.find(b"\r\n\r\n")) >= 0:
-            length = LENGTH.search(data, 0, end + 2)
-            wanted = end + 4 + (int(length[1]) if length else 0)
-    return data
+    with connection.makefile("rb") as file:
+        head = file.readline()
+        while (line := file.readline()).strip():
+            head += line
+        length = LENGTH.search(head)
+        return head + b"\r\n" + file.read(int(length[1]) if length else 0)
 
 
 class Crowdnode(HttpSystem):
@@ -258,7 +247,7 @@ class Crowdnode(HttpSystem):
         self.port = 0
         self.node.start(wait=False)
         self.roots = [self.node.pid]
-        self.wait_for_check_in()
+        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in")
 
     def while_serving(self, call: Callable[[], Any]) -> None:
         """Answer the node's calls to central while *call* runs."""
