@@ -25,6 +25,7 @@ sys.path.insert(0, ROOT)
 import crowdnode  # noqa: E402, F401  both are in the directory above this one
 import test_crowdnode as helpers  # noqa: E402
 
+PATIENCE = 120  # seconds for a unit
 POSTS_AT_ONCE = 4  # as a central of a few threads posts
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 NO_WORKERS = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"nodes": []}'
@@ -160,7 +161,9 @@ class HttpSystem(System):
             self.events.register(connection.fileno(), select.EPOLLIN)
 
     def step(self, seconds: float = 1.0) -> None:
-        """Raise RuntimeError for a unit that was refused or failed."""
+        """Raise RuntimeError for a unit that is refused or fails, or has no outcome."""
+        if self.begun and time.perf_counter() - min(self.begun.values()) > PATIENCE:
+            raise RuntimeError(f"not within {PATIENCE} s: {list(self.begun)[:10]}")
         for descriptor, _ in self.events.poll(seconds):
             if descriptor in self.posting:
                 self._read_reply(descriptor)
@@ -257,5 +260,6 @@ class Crowdnode(HttpSystem):
             self.step(0.02)
 
     def stop(self) -> None:
+        self.begun.clear()
         self.while_serving(self.node.destroy)
         super().stop()
