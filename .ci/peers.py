@@ -63,9 +63,10 @@ elif (
 
     def wait(keys, seconds):
         found = connection.blpop([prefix + key for key in keys], seconds)
-        key = found[0].decode()[len(prefix) :] if found else ""
-        huey.result(key)
-        return [key] if key else []
+        ended = [found[0].decode()[len(prefix) :]] if found else []
+        for key in ended:
+            huey.result(key)
+        return ended
 
 elif PEER == "dramatiq":  # a result is a list of one element
     import dramatiq
