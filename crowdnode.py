@@ -3221,6 +3221,9 @@ class Node:
         self.inherited = inherited
         self.is_attended = is_attended
         self.source = read_file(PROGRAM)  # what the fork servers run, whatever comes
+        own_version = rb"(?m)^__version__ = .%s." % re.escape(__version__).encode()
+        if not re.search(own_version, self.source):
+            raise CrowdError(f"{PROGRAM} has been replaced while it started")
         self.began = time.monotonic()
         self.started_at = time.time()
         self.central = CentralServer(config, config.central_server, port)
@@ -4245,6 +4248,7 @@ class Node:
                 # report may have been taken, and the check-out releases it.
                 why = "from before a restart" if head else "its pid was never sent"
                 log.info("unit %s: dropped: %s", name, why)
+                remove_file(f"{path}.out")
                 return remove_file(path)
             if record.reported and not record.withdrawn:
                 self.reported[name] = Reported(path, record.pid, head.get("central"))
