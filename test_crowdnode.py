@@ -3650,9 +3650,12 @@ class Daemon(CrowdTest):
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that is free, and that the kernel gives to no other test meanwhile."""
+    while True:
+        port = random.randrange(15_000, 32_000)  # below Linux's and macOS's own choice
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def add_slow_action(node: NodeProcess) -> str:
@@ -3966,7 +3969,7 @@ class Upgrade(CrowdTest):
 
     def installed(self) -> NodeProcess:
         """A node that runs from a copy of the program, as on a user's machine."""
-        node = self.prepared(port=free_port())
+        node = self.prepared()
         node.program = "crowdnode.py"  # as a user in its directory would say
         self.install(node, "1.0")
         return node
@@ -4176,7 +4179,7 @@ class CommandLine(CrowdTest):
         self.assertIn("actions: word_count\n", done.stdout)
 
     def test_a_node_that_is_not_ours_is_named(self) -> None:
-        other = self.daemon(port=free_port())
+        other = self.daemon()
         node = self.prepared(port=other.port)
         sentence = f"a node with another state_path answers on port {other.port}"
         for command, status in (("--status", 3), ("--stop", 3), ("--daemon", 1)):
