@@ -132,6 +132,7 @@ MEGABYTE, GIGABYTE = 1024**2, 1024**3  # bytes
 OUTPUT_TAIL = 64 * 1024  # bytes of a unit's printing that reach the log
 OUTPUT_LIMIT = 16 * OUTPUT_TAIL  # bytes at which its file is cut back
 MESSAGE_TAIL = 2000  # bytes of standard error in a failure's message
+FAILURE_LIMIT = 100_000  # characters of a failure's message; central takes some 4 MB
 NESTING_LIMIT = 99  # levels of an output; Ruby's JSON takes 100, {"output": ...} is one
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_SILENT = range(5)
@@ -816,6 +817,7 @@ class Outcome:
 
 def failure(message: str) -> bytes:
     """Return the output of a failure with this message, in UTF-8 whatever it holds."""
+    message = message[:FAILURE_LIMIT]
     return to_json({"output": message.encode("utf-8", "replace").decode()}).encode()
 
 
@@ -4050,7 +4052,8 @@ class Node:
         try:
             is_known = central.report(unit.id, unit.worker, outcome)
         except CentralError as error:
-            if error.status != 500 or not self.is_too_much(unit):
+            is_refused = error.status == 500 and outcome.status == "succeeded"
+            if not is_refused or not self.is_too_much(unit):
                 raise
             self.give_up(unit, outcome)
             return self.report(unit)
