@@ -260,7 +260,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 def is_readable(descriptor: int, seconds: float | None) -> bool:
     """Wait until there is something to read; return False after *seconds*."""
-    with selectors.DefaultSelector() as selector:  # select() takes 1,024 descriptors
+    with selectors.PollSelector() as selector:  # epoll takes one more descriptor
         selector.register(descriptor, selectors.EVENT_READ)
         return bool(selector.select(seconds))
 
