@@ -4024,7 +4024,7 @@ class Node:
                 is_unreached = error.unreached
                 least = 0 if is_unreached else RETRY_WAIT_LIMIT
                 wait, reason = unit.backoff.next(least), f"not reported: {error}"
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 wait = unit.backoff.next()
                 reason = f"its record can't be read or written: {error}"
             except Exception:
