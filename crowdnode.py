@@ -1933,7 +1933,7 @@ class Worker:
             return str(error)
         traceback = error.__traceback__
         while traceback and traceback.tb_frame.f_code.co_filename == PROGRAM:
-            traceback = traceback.tb_next  # frames of ours help no one
+            traceback = traceback.tb_next  # skip the frames of this program
         if not self.settings.config.is_job:  # --run shows the frames below
             shown = error.with_traceback(traceback)
             sys.excepthook(type(error), shown, traceback)
