@@ -258,6 +258,12 @@ def write_all(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def base_name(url: str) -> str:
+    """Return the last part of the path of *url*, decoded."""
+    name = without_secrets(url).rstrip("/").rpartition("/")[2]
+    return percent_decoded(name).decode("utf-8", "replace")
+
+
 def is_readable(descriptor: int, seconds: float | None) -> bool:
     """Wait until there is something to read; return False after *seconds*."""
     with selectors.PollSelector() as selector:  # epoll takes one more descriptor
@@ -862,8 +868,7 @@ def record_head(request: Json, central: str) -> Json:
     text = json.dumps(request, sort_keys=True)
     label = request["input"]
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/\S+\Z", label):  # a file's name
-        path = without_secrets(label).rstrip("/")
-        label = percent_decoded(path.rpartition("/")[2]).decode("utf-8", "replace")
+        label = base_name(label)
     return {
         **{key: request[key] for key in ("id", "job_id", "action", "attempts")},
         "stage": STAGES[request["status"]],
@@ -1363,8 +1368,9 @@ def run_program(
 
 
 def interpreter_problem(path: str) -> str | None:
-    """Return why the kernel would not start the program at *path* (it says "No such
-    file or directory", though the file is there), or None.  Raises OSError."""
+    """Return why the kernel would not start the program at *path*, or None where it
+    would or the file can't be read.  (The kernel says "No such file or directory",
+    though the file is there.)"""
     line = b"\0"
     with contextlib.suppress(OSError), open(path, "rb") as file:
         line = file.readline(256)
@@ -1682,8 +1688,7 @@ class ProcessPdfs(ProgramAction):
         if not self.input_path:
             raise ActionFailed("the input is not the URL of a PDF")
         self.program("pdftk", self.input_path, "burst", "output", "%05d.part")
-        path = percent_decoded(self.input.partition("?")[0].rstrip("/"))
-        name = os.path.splitext(path.decode("utf-8", "replace").rpartition("/")[2])[0]
+        name = os.path.splitext(os.path.basename(base_name(self.input)))[0]
         name = re.sub(r"[^\w-]+", "-", name).encode()[:150].decode("utf-8", "ignore")
         name = f"{self.options['work_unit_id']}.{name}"
         pages = []
@@ -3201,9 +3206,8 @@ class Node:
     """A node: accepts units from central, has them run, reports each outcome.
 
     *lock*: its lock file; *load*: reads the configuration anew; *inherited*: this
-    process was a node of another version of this program before; *is_attended*: --run
-    waits for the actions on standard output.  ``changed`` guards the units and their
-    states."""
+    process was a node of another version of this program before.  ``changed`` guards
+    the units and their states."""
 
     def __init__(
         self,
@@ -3213,7 +3217,6 @@ class Node:
         load: Callable[[], Config],
         finish_requests: Callable[[float], None],
         inherited: bool,
-        is_attended: bool,
     ) -> None:
         self.config = config
         self.port = port
@@ -3221,7 +3224,7 @@ class Node:
         self.load = load
         self.finish_requests = finish_requests
         self.inherited = inherited
-        self.is_attended = is_attended
+
         self.source = read_file(PROGRAM)  # what the fork servers run, whatever comes
         own_version = rb"(?m)^__version__ = .%s." % re.escape(__version__).encode()
         if not re.search(own_version, self.source):
@@ -3320,7 +3323,7 @@ class Node:
         self.hold.timer.start()
         fork_server = self.start_fork_server(self.config)
         self.use_fork_server(fork_server)
-        if self.is_attended:
+        if self.config.is_job:  # --run waits for them on standard output
             loaded = [fork_server.actions, fork_server.problems]
             print(json.dumps(loaded), flush=True)
         self.adopt_records()
@@ -3981,10 +3984,11 @@ class Node:
 
         It may have sent units meanwhile, which were taken for the present one's."""
         for url, central in list(self.centrals.items()):
+            if central is self.central or not central.is_confirmed:
+                continue
             with self.changed:
                 heads = [unit.head for unit in self.units.values()]
-            is_used = any(head.get("central") == url for head in heads)
-            if central is self.central or not central.is_confirmed or is_used:
+            if any(head.get("central") == url for head in heads):
                 continue
             del self.centrals[url]
             try:
@@ -4319,7 +4323,9 @@ class Node:
     def status(self) -> Json:
         """Return the document of GET /status (interface.md); null where unknown."""
         central, fork_server, counters = self.central, self.fork_server, self.counters
-        has_fork_server = fork_server is not None and fork_server.gone is None
+        fork_server_pid = (
+            fork_server.pid if fork_server and not fork_server.gone else None
+        )
         with self.changed:
             running = [unit.status() for unit in self.active if unit.state == RUNNING]
             counts, failed = counters.counts(), list(counters.failed)
@@ -4345,7 +4351,7 @@ class Node:
             "free_memory_bytes": self.free_memory,
             "available_memory_bytes": self.available_memory,
             "fork_server": {
-                "pid": fork_server.pid if fork_server and has_fork_server else None,
+                "pid": fork_server_pid,
                 "restarts": self.restarts,
             },
             "running": running,
@@ -4360,14 +4366,13 @@ class Node:
         """Return what only the page shows; null where unknown."""
         config = self.config
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free, available = config.min_free_memory, config.min_available_memory
+        free = config.min_free_memory
         return {
             "tag": config.tag,
             "total_memory_bytes": memory,
             "refusing_since": iso_time(self.overload.since) if self.overload else None,
             "max_load": config.max_load,
             "min_free_memory_bytes": free and int(free * MEGABYTE),
-            "min_available_memory_bytes": available and int(available * MEGABYTE),
             "time_limits": {n: config.limit(n, "time_limit") for n in self.actions},
         }
 
@@ -5337,6 +5342,7 @@ def flattened(value: Any) -> list[Any]:
     return [item for element in value for item in flattened(element)]
 
 
+CLEAR_LINE = "\r\033[K"  # of a terminal, where the bar stands
 TROUBLE_PATIENCE = 2  # seconds until what keeps the job from going on is shown
 
 FRAMES = re.compile(r" \(((?:[^();]+, line \d+, in [^();]+(?:; )?)+)\)$")
@@ -5569,7 +5575,7 @@ class LocalRun:
         forms = [bar + line + left, line + left, line]
         line = next((form for form in forms if len(form) <= width), line[:width])
         with self.lock:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            print(f"{CLEAR_LINE}{line}", end="", file=sys.stderr, flush=True)
 
     def _write_lines(self) -> None:
         """Write the lines of --json-lines for the inputs that are done."""
@@ -5593,7 +5599,7 @@ class LocalRun:
     def _print(self, value: Any) -> None:
         with self.lock:
             if not self.file and sys.stderr.isatty():
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
+                print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
             file = self.file or sys.stdout.buffer
             file.write(json_line(value))
             file.flush()
@@ -5613,7 +5619,7 @@ class LocalRun:
 
     def _say(self, sentence: str, always: bool = False) -> None:
         """Print a line, in the place of the bar; with --quiet only if *always*."""
-        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        clear = CLEAR_LINE if sys.stderr.isatty() else ""
         if always or not self.arguments.quiet:
             with self.lock:
                 print(f"{clear}{sentence}", file=sys.stderr, flush=True)
@@ -5690,8 +5696,7 @@ def run_node(
         log_problems(("warning", text) for text in preflight_warnings(config))
         server = listen(config, lock.earlier.get("port") or 0, listener)
         port, is_inherited = int(server.server_address[1]), listener is not None
-        is_attended: bool = arguments.attended
-        node = Node(config, port, lock, load, server.finish, is_inherited, is_attended)
+        node = Node(config, port, lock, load, server.finish, is_inherited)
         server.node = node
         lock.write(port=port, others=sorted(node.others))
         start_thread(server.serve_forever)
@@ -6214,7 +6219,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{name} goes with --{goes_with}")
     if arguments.inputs and arguments.run is None:
         word = f"--{arguments.inputs[0]}".replace("--start", "--daemon")
-        hint = f"; did you mean {word}?" if word in dict.fromkeys(commands) else ""
+        hint = f"; did you mean {word}?" if word in commands else ""
         parser.error(f"unrecognized arguments: {' '.join(arguments.inputs)}{hint}")
     return arguments
 

@@ -2236,7 +2236,7 @@ class Vitals(CrowdTest):
 class ForkServers(CrowdTest):
     def test_a_child_that_a_thread_waits_for_is_not_taken_for_a_stray(self) -> None:
         config, mock = crowdnode.load_config("", []), unittest.mock.Mock()
-        node = crowdnode.Node(config, 9063, mock, mock, mock, False, False)
+        node = crowdnode.Node(config, 9063, mock, mock, mock, False)
         silent = ["sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 7"]
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(crowdnode.run_command, silent, DEADLINE)
