@@ -6057,7 +6057,8 @@ def check(config: Config) -> int:
     places = [PROGRAM, *([config.file] if config.file else [])]
     for directory, _, files in os.walk(config.actions_path):
         places += [directory, *(os.path.join(directory, name) for name in files)]
-    for place in sorted(set(filter(None, map(find_insecure, places)))):
+    there = filter(os.path.exists, places)  # not a link to nowhere
+    for place in sorted(set(filter(None, map(find_insecure, there)))):
         danger = f"others can write to {place}, and so have this node run their code"
         lines.append(("warning", f"{danger}: chmod go-w {place}"))
     lock = NodeLock(config)

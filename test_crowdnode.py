@@ -4227,6 +4227,7 @@ class CommandLine(CrowdTest):
         node.write_config(disabled_actions="graphics_magick", bind="0.0.0.0")
         node.write_actions({"slow.py": f"{ECHO}time.sleep(1.1)\n"})
         os.chmod(node.path("actions", "slow.py"), 0o666)
+        os.symlink("/no/such", node.path("actions", "dangling.py"))
         with socket.socket() as taken:
             taken.bind(("0.0.0.0", 0))
             taken.listen()
