@@ -2707,7 +2707,7 @@ class NodeLock:
     def touch(self) -> bool:
         """Update the file's time, which other machines check; recreate a deleted file.
         Returns False if another node has done so."""
-        with contextlib.suppress(OSError):
+        with self._write_lock, contextlib.suppress(OSError):
             path, own = self.path, os.fstat(self.descriptor)
             same = os.path.exists(path) and os.path.samestat(os.stat(path), own)
             if not same:
@@ -2828,7 +2828,7 @@ MONITOR_INTERVAL = 3  # seconds
 START_DEADLINE = 5  # seconds for the fork server to start a unit
 SEND_DEADLINE = 10  # seconds for the fork server to read a message
 RELOAD_PATIENCE = 60  # seconds for actions to load again after a fork server's death
-FORK_SERVER_PATIENCE = 300  # seconds without a fork server until the node gives up
+READY_PATIENCE = 300  # seconds without a fork server until the node gives up
 RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 REPORTERS = 4  # threads: central gets this many reports at once, at most
@@ -3272,12 +3272,23 @@ class Node:
         """Start, call *started*, and work until a signal comes; return whether a new
         version of this program is to go on in this process.
 
-        The main thread only waits for signals, so they are heard at any time.  Raises
-        CrowdError where the node can't start."""
+        The main thread only waits for signals, so they are heard at any time.  A node
+        that is not ready for READY_PATIENCE ends, for --daemon to start another.
+        Raises CrowdError where the node can't start."""
         self.trap_signals()
         start_thread(self.start_in_background, started)
+        ready_at, why = time.monotonic(), ""
         while True:
-            number = self.next_signal()
+            number = self.next_signal(READY_PATIENCE / 10)
+            now, reasons = time.monotonic(), set(self.overload.reasons)
+            ready_at = ready_at if reasons & {"starting", "fork server"} else now
+            if now - ready_at > READY_PATIENCE:
+                log.error("not ready for %g s: stopping", READY_PATIENCE)
+                number, why = signal.SIGTERM, f"not ready for {READY_PATIENCE:g} s"
+            elif number:
+                why = f"stopped by {signal_name(number)} while starting"
+            if number is None:
+                continue
             if number == signal.SIGHUP:
                 try:
                     start_thread(self.reload)
@@ -3297,7 +3308,7 @@ class Node:
                 kill_group(pid, signal.SIGKILL)
             time.sleep(0.01)  # what these have left becomes our child
         if not self.may_be_known:
-            raise CrowdError(f"stopped by {signal_name(number or 0)} while starting")
+            raise CrowdError(why)
         return False
 
     def start_in_background(self, started: Callable[[], None]) -> None:
@@ -3701,12 +3712,8 @@ class Node:
                     if unit.state == STARTING:
                         self.withdraw(unit, "the fork server has gone")
         self.monitor_timer.soon()  # it looks after the orphans
-        backoff, began = Backoff(), time.monotonic()
-        give_up = began + RELOAD_PATIENCE
+        backoff, give_up = Backoff(), time.monotonic() + RELOAD_PATIENCE
         while is_current:
-            if time.monotonic() - began > FORK_SERVER_PATIENCE:
-                log.error("no fork server for %g s: stopping", FORK_SERVER_PATIENCE)
-                return self.wake(signal.SIGTERM)  # --daemon starts another node
             with self.reload_lock:
                 if self.fork_server is not gone or self.is_stopping:
                     return None

@@ -3561,9 +3561,17 @@ class Daemon(CrowdTest):
         page = f"page: http://127.0.0.1:{node.port}/\r\n"
         self.assertEqual(shown, f"{page}log:  {node.path('state', 'node.log')}\r\n")
 
-    def test_a_node_without_a_fork_server_for_long_gives_up(self) -> None:
-        constants = {"FORK_SERVER_PATIENCE": 0.1, "RETRY_WAIT": 0.1}
-        node = self.node(constants=constants)
+    def test_a_node_that_is_not_ready_for_long_gives_up(self) -> None:
+        constants = {"READY_PATIENCE": 1, "RETRY_WAIT": 0.1}
+        node = self.prepared(constants=constants)
+        is_asked = threading.Event()
+        node.central.answer = lambda *call: is_asked.wait(DEADLINE) and None
+        done = node.run("--daemon")
+        is_asked.set()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("not ready for 1 s", done.stderr + node.log())
+        node.central.answer = lambda *call: None
+        node.start()
         fork_server = node.fork_server
         shutil.rmtree(node.path("actions"))
         node.write_config()
@@ -3572,7 +3580,7 @@ class Daemon(CrowdTest):
             file.write("import os, time; time.sleep(0.2); os._exit(1)")
         os.kill(fork_server, signal.SIGKILL)
         self.assertEqual(node.wait(), 0)
-        self.assertEqual(node.said("no fork server for 0.1 s: stopping"), 1)
+        self.assertEqual(node.said("not ready for 1 s: stopping"), 2)
 
     def test_eight_starts_at_once_start_one_which_is_replaced_when_silent(self) -> None:
         node = self.prepared()
