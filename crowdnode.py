@@ -1247,12 +1247,11 @@ def download_from_web(url: str, path: str) -> None:
             source: Any = reply
             if encoding in ("gzip", "x-gzip"):
                 source = gzip.GzipFile(fileobj=reply)
-            elif encoding == "deflate":
-                source = Inflated(reply)
-            elif encoding:
+            elif encoding not in ("", "deflate"):
                 raise OSError(f"it is sent with Content-Encoding: {header}")
+            pieces = iter(lambda: source.read(MEGABYTE), b"")
             with open(path, "wb") as file:
-                for piece in iter(lambda: source.read(MEGABYTE), b""):
+                for piece in inflated(pieces) if encoding == "deflate" else pieces:
                     file.write(piece)
                 size = file.tell()
     except (http.client.HTTPException, zlib.error) as error:
@@ -1265,30 +1264,19 @@ def download_from_web(url: str, path: str) -> None:
         raise OSError(f"it is cut short: {missing} bytes are missing")
 
 
-class Inflated:
-    """A body of Content-Encoding deflate: in zlib's format or, as some servers send it,
-    a bare stream."""
+def inflated(pieces: Iterable[bytes]) -> Iterable[bytes]:
+    """Yield what *pieces* of Content-Encoding deflate hold: zlib's format or, as some
+    servers send it, a bare stream.  Raises EOFError, zlib.error."""
+    import zlib
 
-    def __init__(self, reply: Any) -> None:
-        self.reply = reply
-        self.stream: Any = None
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes, b"" at the end.  Raises EOFError, zlib.error."""
-        import zlib
-
-        data = b""
-        while not data:
-            packed = self.reply.read(size)
-            if not packed:
-                if self.stream and not self.stream.eof:
-                    raise EOFError("the compressed file is cut short")
-                break
-            if self.stream is None:
-                is_bare = int.from_bytes(packed[:2], "big") % 31 or packed[0] & 15 != 8
-                self.stream = zlib.decompressobj(-15 if is_bare else 15)
-            data = self.stream.decompress(packed)
-        return data
+    stream: Any = None
+    for piece in pieces:
+        if stream is None:
+            is_bare = int.from_bytes(piece[:2], "big") % 31 or piece[0] & 15 != 8
+            stream = zlib.decompressobj(-15 if is_bare else 15)
+        yield stream.decompress(piece)
+    if stream and not stream.eof:
+        raise EOFError("the compressed file is cut short")
 
 
 ENVIRONMENT_LIMIT = 100_000  # bytes of a variable; Linux's execve takes 128 KB
