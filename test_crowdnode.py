@@ -1715,6 +1715,7 @@ class Misbehaviour(CrowdTest):
             ("leave_a_daemon(); os.abort()", "failed", f"{killed}SIGABRT"),
             (thread, "succeeded", None),
             ("os.killpg(0, signal.SIGKILL)", "failed", f"{killed}SIGKILL"),
+            ("if os.fork() == 0: raise ValueError", "succeeded", None),
             ("fork_without_end()", "succeeded", None),
         )
 
@@ -3081,7 +3082,7 @@ BAD_REQUESTS: list[tuple[bytes, int, str]] = [
     (raw(b"GET http://[x/"), 400, "can't be read"),
     (raw(b"GET /nowhere"), 404, "Not Found"),
     *((raw(verb + b" /work"), 405, "POST") for verb in (b"GET", b"DELETE", b"OPTIONS")),
-    (post(b"_method=NONSENSE", b"/heartbeat"), 405, "/heartbeat accepts only GET, HEAD"),
+    (post(b"_method=NONSENSE", b"/heartbeat"), 405, "/heartbeat accepts only GET, "),
     (post(b"_method=GET&work_unit=%7B%7D"), 405, "/work accepts only POST"),
 ]
 HEARTBEATS = [
@@ -3504,6 +3505,41 @@ class RunEnds(CrowdTest):
             output, errors = job.communicate(timeout=DEADLINE)
         self.assertEqual(json.loads(output), ["slept"] * 4, errors.decode())
 
+    def test_a_job_without_standard_error_goes_on(self) -> None:
+        home = self.directory()
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"],
+                stdout=subprocess.PIPE,
+                stderr=full,
+                env=environment(TMPDIR=home),
+                cwd=HERE,
+                timeout=DEADLINE,
+            )
+        self.assertEqual((done.returncode, done.stdout[:1]), (0, b"["))
+
+    def test_ctrl_c_at_the_beginning_leaves_nothing(self) -> None:
+        home = self.directory()
+        for _ in range(4):
+            job = subprocess.Popen(
+                [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment(TMPDIR=home),
+                cwd=HERE,
+            )
+            while not os.listdir(home):
+                pass
+            job.send_signal(signal.SIGINT)
+            self.assertEqual(job.wait(DEADLINE), 130)
+            self.assertEqual(os.listdir(home), [])
+
+    def test_names_are_shown_as_one_line(self) -> None:
+        name = "two\nlines\033[31m" + 500 * "x"
+        options = self.with_actions(broken=BROKEN)
+        done = self.job(*options, "--strings", "--run", "broken", name)
+        self.assertRegex(done.stderr, r"(?m)^two lines\?\[31mx{200,300}\.\.\.: Value")
+
     def test_nobody_else_can_hand_in_results(self) -> None:
         with self.sleeping("60") as (job, directory):
             (path,) = glob.glob(f"{directory}/*/node.pid")
@@ -3527,7 +3563,7 @@ class RunEnds(CrowdTest):
             (f"{place}/no/such", (2, ""), "is not a writable directory"),
             ("", (2, ""), "is not the path of a file"),
             ("/dev/stdout", (0, "["), ""),
-            ("/dev/full", (1, "["), "No space left on device; so the outputs are"),
+            ("/dev/full", (1, "["), "No space left on device; wrote the outputs"),
         ):
             if path != "/dev/full" or os.path.exists(path):
                 done = self.job(*job, path)
@@ -3538,12 +3574,12 @@ class RunEnds(CrowdTest):
 
     def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
         options = self.with_actions(broken=BROKEN)
-        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
+        options += ["--set", "work_unit_retries=3", "--set", "max_workers=1"]
         options += ["--fail-fast", "--strings", "--run", "broken"]
         done = self.job(*options, *map(str, range(200)))
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("0: ValueError: it broke", done.stderr)
-        self.assertNotIn("\n199: ", done.stderr)
+        self.assertNotIn("\n20: ", done.stderr)
 
 
 # ---------------------------------------------------------------------------
@@ -3557,6 +3593,46 @@ class Daemon(CrowdTest):
         shown = self.on_terminal(*node.command("--daemon"))
         page = f"page: http://127.0.0.1:{node.port}/\r\n"
         self.assertEqual(shown, f"{page}log:  {node.path('state', 'node.log')}\r\n")
+
+    def test_a_node_that_started_on_a_full_disk_is_found(self) -> None:
+        node = self.prepared(port=free_port(), constants={"MONITOR_INTERVAL": 60})
+        limits = (0, resource.RLIM_INFINITY)  # as a disk that is full
+        done = subprocess.run(
+            node.command("--daemon"),
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+            timeout=DEADLINE,
+        )
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual(crowdnode.read_file(node.path("state", "node.pid")), b"")
+        done = node.run("--daemon")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        document = json.loads(node.run("--status", "--json").stdout)
+        self.assertIn(": this node runs", node.run("--check").stdout)
+        self.assertIn("process 0 is not the node", node.run("--stop").stderr)
+        os.kill(document["pid"], signal.SIGTERM)
+        wait_for(lambda: not our_processes(), "its end")
+
+    def test_another_program_on_the_port_can_not_hold_a_command_up(self) -> None:
+        is_over = threading.Event()
+
+        class Endless(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response_only(200)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    while not is_over.wait(0.1):
+                        self.wfile.write(b": still here\n")
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+            threading.Thread(target=server.serve_forever, args=[0.02]).start()
+            node = self.prepared(port=server.server_address[1])
+            done = node.run("--daemon")
+            self.assertIn("another program has it: choose another", done.stderr)
+            self.assertEqual(node.run("--status").returncode, 3)
+            is_over.set()
+            server.shutdown()
 
     def test_a_node_that_is_not_ready_for_long_gives_up(self) -> None:
         constants = {"READY_PATIENCE": 1, "RETRY_WAIT": 0.1}
@@ -3897,6 +3973,43 @@ class Stops(CrowdTest):
         self.assertEqual(node.central.outcome(1)[0], "succeeded")
         wait_for(lambda: not alive(pid), "the daemon has been ended")
 
+    def test_what_a_shell_left_before_it_became_the_node_lives_on(self) -> None:
+        node = self.prepared()
+        path, wait = node.path("pid"), f"until [ -e {node.path('go')} ]; do :; done"
+        later = f"(setsid sleep 60 & echo $! >{path}.new; mv {path}.new {path})"
+        shell = f'({wait}; {later}) & exec "$@"'
+        command = ["sh", "-c", shell, "sh", *node.command()]
+        node.process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, env=environment(), cwd=node.directory
+        )
+        wait_for(node.central.check_ins, "a check-in")
+        open(node.path("go"), "w").close()
+        wait_for(lambda: os.path.exists(path), "its process")
+        pid, lock = int(crowdnode.read_file(path)), node.path("state", "node.pid")
+        for _ in range(4):  # ticks of the monitor
+            before = os.stat(lock).st_mtime_ns
+            wait_for(lambda: os.stat(lock).st_mtime_ns != before, "a tick")
+        self.assertTrue(alive(pid))
+        os.kill(pid, signal.SIGKILL)
+
+    def test_a_stop_that_hangs_is_ended(self) -> None:
+        node = self.node(constants={"STOP_PATIENCE": 1})
+        is_over = threading.Event()
+        self.addCleanup(is_over.set)
+        node.central.answer = lambda *call: is_over.wait(DEADLINE) and None
+        os.kill(node.pid, signal.SIGTERM)
+        self.assertEqual(node.wait(), -signal.SIGALRM)
+
+    def test_a_loop_that_dies_ends_the_node(self) -> None:
+        class Code(str):
+            __repr__ = str.__str__
+
+        fault = Code("lambda *_: (_ for _ in ()).throw(GeneratorExit)")
+        node = self.node(constants={"Node.report": fault})
+        node.take(unit())
+        self.assertEqual(node.wait(), 0)
+        self.assertEqual(node.said("a thread died: GeneratorExit(); stopping"), 1)
+
 
 class Reloads(CrowdTest):
     def test_a_reload_disturbs_nothing_that_runs(self) -> None:
@@ -3941,7 +4054,7 @@ class Reloads(CrowdTest):
         os.kill(node.daemon_pid, signal.SIGHUP)
         wait_for(other.check_ins, "a check-in there")
         for key in ("state_path", "port"):
-            self.assertEqual(node.said(f"{key} has changed; restart the node to use it"), 1)
+            self.assertEqual(node.said(f"{key} has changed; restart the node"), 1)
         node.take(unit(2))
         self.assertEqual(other.outcome(2), ("succeeded", "x"))
 
@@ -4028,6 +4141,21 @@ class Upgrade(CrowdTest):
         wait_for(lambda: not has_zombie(before["pid"]), "no zombie")
         node.run("--stop")
         self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_a_new_version_is_refused_while_settings_have_moved(self) -> None:
+        node, second = self.installed(), self.central()
+        self.assertEqual(node.run("--daemon").returncode, 0)
+        self.install(node, "1.1")
+        for key, value in (("host", "localhost"), ("central_server", second.url)):
+            before = node.settings[key]
+            node.write_config(**{key: value})
+            done = node.run("--reload")
+            self.assertEqual(done.returncode, 1, done)
+            self.assertIn(f"replaced, and {key} changed: restart the node", done.stderr)
+            node.write_config(**{key: before})
+        self.assertEqual(node.status()["version"], "1.0")
+        self.assertEqual(node.run("--reload").returncode, 0)
+        self.upgraded(node, "1.1")
 
     def test_a_new_version_answers_and_stops_while_its_actions_load(self) -> None:
         node = self.installed().start()
@@ -4243,7 +4371,7 @@ class CommandLine(CrowdTest):
             f"warning: {program} is not found by the PATH: put {node.directory} into",
             "slow.py takes 1.",
             f"warning: others can write to {node.path('actions', 'slow.py')}, and so",
-            "warning: bind = 0.0.0.0: anybody who reaches it can send units",
+            "warning: bind = 0.0.0.0: anybody who can connect can send units",
             "Address already in use; another program has it: choose another",
         ):
             self.assertIn(text, done.stdout)
@@ -4282,6 +4410,9 @@ class CommandLine(CrowdTest):
             done = self.job(*options, "--stubs", place)
             self.assertEqual((done.returncode, done.stdout.split()), (1, [stub, own]))
             self.assertRegex(done.stderr, "(?m)^date: .* is a class of Ruby's own")
+        broken = self.with_actions(bad="x =")  # what does not load is left out, too
+        done = self.job(*broken, "--stubs", self.directory())
+        self.assertEqual(done.returncode, 1, done.stderr)
         text = crowdnode.read_file(stub).decode().partition("\n")[2]
         stages = "  def split\n  end\n  def process\n  end\n"
         self.assertEqual(text, f"class MyPdfs < CloudCrowd::Action\n{stages}end\n")
