@@ -4,14 +4,13 @@ central server that submits units as fast as a node accepts them.  Linux alone."
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import select
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -86,9 +85,9 @@ def log_faults(log: str) -> list[str]:
 class System:
     """What accepts units and lets its submitter learn their outcomes.
 
-    A subclass defines start(), which may return before it is ready; submit(action,
-    input), whose defaults are a no-op; and step(seconds), which waits up to that time
-    for outcomes and passes their keys to finish().
+    A subclass defines start(), which may return before it is ready; stop();
+    submit(action, input), whose defaults are a no-op; and step(seconds), which waits up
+    to that time for outcomes and passes their keys to finish().
 
     begun: when each outstanding unit was submitted.  replies, outcomes: seconds until
     a unit was accepted, and until its outcome was known.  roots: its top processes."""
@@ -98,11 +97,6 @@ class System:
         self.replies: list[float] = []
         self.outcomes: list[float] = []
         self.roots: list[int] = []
-        self.directory = tempfile.mkdtemp(prefix="crowdnode-load-")
-
-    def stop(self) -> None:
-        """Leave nothing; a subclass ends its processes first."""
-        shutil.rmtree(self.directory)
 
     def finish(self, key: Any) -> None:
         """Note that the outcome of the unit *key* is known."""
@@ -122,13 +116,15 @@ class System:
         self.drain()
 
 
-class HttpSystem(System):
-    """A central server that posts units and takes reports on the caller's thread.
+class Crowdnode(System):
+    """A node as users run it, without a limit on its units, and its central server,
+    which posts units and takes reports on the caller's thread.
 
     port: of the node, when it has checked in.  reports: how often each unit was
-    reported.  held: units that run on while others are measured."""
+    reported.  held: units that run on while others are measured.  gate: the file whose
+    lock they wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, actions: dict[str, str], **settings: Any) -> None:
         super().__init__()
         self.port = 0
         self.reports: Counter[int] = Counter()
@@ -143,6 +139,28 @@ class HttpSystem(System):
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.events = select.epoll()
         self.events.register(self.listener.fileno(), select.EPOLLIN)
+        central = cast(helpers.Central, self)  # the node needs its URL alone
+        self.node = helpers.NodeProcess(central, actions, max_workers=0, **settings)
+        self.node.program = helpers.PROGRAM
+        self.gate = open(self.node.path("gate"), "w")  # noqa: SIM115
+
+    def start(self) -> None:
+        self.port = 0
+        self.node.start(wait=False)
+        self.roots = [self.node.pid]
+        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in")
+
+    def stop(self) -> None:
+        self.begun.clear()
+        self.gate.close()
+        self.while_serving(self.node.destroy)
+
+    def while_serving(self, call: Callable[[], Any]) -> None:
+        """Answer the node's calls to central while *call* runs."""
+        thread = threading.Thread(target=call)
+        thread.start()
+        while thread.is_alive():
+            self.step(0.02)
 
     def submit(self, action: str = "no_op", input: str = "x") -> None:
         self.begun[self.next] = time.perf_counter()
@@ -174,10 +192,10 @@ class HttpSystem(System):
         connection, began = self.posting.pop(descriptor)
         self.events.unregister(descriptor)
         with connection:
-            data = b"".join(iter(lambda: connection.recv(4096), b""))
+            status, _, body = helpers.read_answer(connection)
         self.replies.append(time.perf_counter() - began)
-        if b" 200 " not in data[:13]:
-            raise RuntimeError(f"a unit was refused: {data[:500]!r}")
+        if status != 200:
+            raise RuntimeError(f"a unit was refused: {status} {body!r}")
         self._post()
 
     def _accept(self) -> None:
@@ -203,17 +221,11 @@ class HttpSystem(System):
             if key in self.begun:
                 self.finish(key)
 
-    def drain(self) -> None:
-        while self.begun or self.posting:
-            self.step()
-
     def hold(self, count: int) -> None:
         """Run *count* more units of the action "hold" until release."""
-        self.pipe = os.path.join(self.directory, "pipe")
-        if not os.path.exists(self.pipe):
-            os.mkfifo(self.pipe)
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
         for _ in range(count):
-            self.submit("hold", self.pipe)
+            self.submit("hold", self.gate.name)
         while self.posting:
             self.step()
         self.held.update(self.begun)
@@ -221,9 +233,8 @@ class HttpSystem(System):
 
     def release(self) -> None:
         """Run the held units to their end."""
+        fcntl.flock(self.gate, fcntl.LOCK_UN)
         while self.held:
-            with contextlib.suppress(OSError):  # ENXIO: none waits there just now
-                os.close(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK))
             self.step(0.1)
 
 
@@ -235,31 +246,3 @@ def read_request(connection: socket.socket) -> bytes:
             head += line
         length = LENGTH.search(head)
         return head + b"\r\n" + file.read(int(length[1]) if length else 0)
-
-
-class Crowdnode(HttpSystem):
-    """A node as users run it, without a limit on its units."""
-
-    def __init__(self, actions: dict[str, str], **settings: Any) -> None:
-        super().__init__()
-        central = cast(helpers.Central, self)  # the node needs its URL alone
-        self.node = helpers.NodeProcess(central, actions, max_workers=0, **settings)
-        self.node.program = helpers.PROGRAM
-
-    def start(self) -> None:
-        self.port = 0
-        self.node.start(wait=False)
-        self.roots = [self.node.pid]
-        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in")
-
-    def while_serving(self, call: Callable[[], Any]) -> None:
-        """Answer the node's calls to central while *call* runs."""
-        thread = threading.Thread(target=call)
-        thread.start()
-        while thread.is_alive():
-            self.step(0.02)
-
-    def stop(self) -> None:
-        self.begun.clear()
-        self.while_serving(self.node.destroy)
-        super().stop()
