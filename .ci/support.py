@@ -32,21 +32,15 @@ LENGTH = re.compile(rb"(?i)\ncontent-length: *(\d+)")
 PORT = re.compile(rb"PUT /node/(?:\S+:(\d+) |.*\bport=(\d+))", re.DOTALL)
 
 
-def make_venv(name: str, base: str = sys.executable) -> str:
-    """Install .ci/NAME-requirements.txt into .ci/NAME-venv and return its Python."""
-    python = os.path.join(CI, f"{name}-venv", "bin", "python")
-    wanted = os.path.join(CI, f"{name}-requirements.txt")
-    if not os.path.exists(python):
-        command = [base, "-m", "venv", os.path.join(CI, f"{name}-venv")]
-        subprocess.run(command, check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
-    return python
-
-
 def run_in_venv(name: str, base: str = sys.executable) -> None:
-    """Continue as the same program on the Python of .ci/NAME-venv."""
-    if sys.prefix != os.path.join(CI, f"{name}-venv"):
-        python = make_venv(name, base)
+    """Continue as the same program on the Python of .ci/NAME-venv, which is made by
+    *base* and has what .ci/NAME-requirements.txt lists."""
+    venv = os.path.join(CI, f"{name}-venv")
+    python, wanted = f"{venv}/bin/python", f"{CI}/{name}-requirements.txt"
+    if sys.prefix != venv:
+        if not os.path.exists(python):
+            subprocess.run([base, "-m", "venv", venv], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
         os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
