@@ -3,17 +3,17 @@ central server that submits units as fast as a node accepts them.  Linux alone."
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import os
 import re
-import select
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from typing import Any, Callable, cast
 
 sys.dont_write_bytecode = True
@@ -112,7 +112,7 @@ class System:
 
 class Crowdnode(System):
     """A node as users run it, without a limit on its units, and its central server,
-    which posts units and takes reports on the caller's thread.
+    which posts units from a few threads and takes reports on the caller's.
 
     port: of the node, when it has checked in.  reports: how often each unit was
     reported.  held: units that run on while others are measured.  gate: the file whose
@@ -124,15 +124,12 @@ class Crowdnode(System):
         self.reports: Counter[int] = Counter()
         self.held: set[int] = set()
         self.next = 1_000_000
-        self.waiting: deque[tuple[int, bytes]] = deque()
-        self.posting: dict[int, tuple[socket.socket, float]] = {}
+        self.pool = concurrent.futures.ThreadPoolExecutor(POSTS_AT_ONCE)
+        self.refused: list[str] = []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         # The connection arrives together with its request, so nothing waits for it.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
-        self.listener.setblocking(False)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.events = select.epoll()
-        self.events.register(self.listener.fileno(), select.EPOLLIN)
         central = cast(helpers.Central, self)  # the node needs its URL alone
         self.node = helpers.NodeProcess(central, actions, max_workers=0, **settings)
         self.node.program = helpers.PROGRAM
@@ -157,50 +154,35 @@ class Crowdnode(System):
             self.step(0.02)
 
     def submit(self, action: str = "no_op", input: str = "x") -> None:
+        unit = helpers.unit(self.next, action, input)
         self.begun[self.next] = time.perf_counter()
-        request = helpers.work_request(helpers.unit(self.next, action, input))
-        self.waiting.append((self.next, request))
+        self.last = self.pool.submit(self._post, self.next, helpers.work_request(unit))
         self.next += 1
-        self._post()
 
-    def _post(self) -> None:
-        while self.waiting and len(self.posting) < POSTS_AT_ONCE:
-            key, request = self.waiting.popleft()
-            began = self.begun[key] = time.perf_counter()
-            connection = socket.create_connection(("127.0.0.1", self.port), 60)
+    def _post(self, key: int, request: bytes) -> None:
+        began = self.begun[key] = time.perf_counter()
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as connection:
             connection.sendall(request)
-            self.posting[connection.fileno()] = connection, began
-            self.events.register(connection.fileno(), select.EPOLLIN)
-
-    def step(self, seconds: float = 1.0) -> None:
-        """Raise RuntimeError for a unit that is refused or fails, or has no outcome."""
-        if self.begun and time.perf_counter() - min(self.begun.values()) > PATIENCE:
-            raise RuntimeError(f"not within {PATIENCE} s: {list(self.begun)[:10]}")
-        for descriptor, _ in self.events.poll(seconds):
-            if descriptor in self.posting:
-                self._read_reply(descriptor)
-            else:
-                self._accept()
-
-    def _read_reply(self, descriptor: int) -> None:
-        connection, began = self.posting.pop(descriptor)
-        self.events.unregister(descriptor)
-        with connection:
             status, _, body = helpers.read_answer(connection)
         self.replies.append(time.perf_counter() - began)
         if status != 200:
-            raise RuntimeError(f"a unit was refused: {status} {body!r}")
-        self._post()
+            self.refused.append(f"unit {key} was refused: {status} {body!r}")
 
-    def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                connection, _ = self.listener.accept()
-                with connection:
-                    request = read_request(connection)
-                    is_look = request.startswith(b"GET /status ")
-                    connection.sendall(NO_WORKERS if is_look else NO_CONTENT)
-                    self._note(request)
+    def step(self, seconds: float = 1.0) -> None:
+        """Answer a call.  Raise RuntimeError for a unit that is refused or fails, or
+        has no outcome."""
+        if self.refused:
+            raise RuntimeError(self.refused.pop())
+        if self.begun and time.perf_counter() - min(self.begun.values()) > PATIENCE:
+            raise RuntimeError(f"not within {PATIENCE} s: {list(self.begun)[:10]}")
+        self.listener.settimeout(seconds)
+        with contextlib.suppress(socket.timeout):
+            connection, _ = self.listener.accept()
+            with connection:
+                request = read_request(connection)
+                is_look = request.startswith(b"GET /status ")
+                connection.sendall(NO_WORKERS if is_look else NO_CONTENT)
+            self._note(request)
 
     def _note(self, request: bytes) -> None:
         """Read a call of the node to central."""
@@ -220,8 +202,8 @@ class Crowdnode(System):
         fcntl.flock(self.gate, fcntl.LOCK_EX)
         for _ in range(count):
             self.submit("hold", self.gate.name)
-        while self.posting:
-            self.step()
+        while not self.last.done():
+            self.step(0.1)
         self.held.update(self.begun)
         self.begun.clear()
 
