@@ -66,14 +66,10 @@ def grown(before: dict[str, int], after: dict[str, int], spare_kb: int) -> list[
 
 
 def log_faults(log: str) -> list[str]:
-    """Return the errors and tracebacks of the node's log, each kind once.  What actions
-    print does not count."""
-    found: dict[str, list[str]] = {}
-    for record in re.split(r"(?m)^(?=\d{4}-\d\d-\d\d )", log):
-        head = record.partition("\n")[0]
-        if " output: " not in head and re.search(r" error: |\nTraceback", record):
-            found.setdefault(record.strip().rpartition("\n")[2], []).append(record)
-    return [f"{len(same)} times in the log: {same[0]}" for same in found.values()]
+    """Return the errors and tracebacks of a node's log, but for what actions print."""
+    records = re.split(r"(?m)^(?=\d{4}-\d\d-\d\d )", log)
+    faults = [one for one in records if re.search(r" error: |\nTraceback", one)]
+    return [one for one in faults if " output: " not in one.partition("\n")[0]]
 
 
 class System:
@@ -96,18 +92,17 @@ class System:
         """Note that the outcome of the unit *key* is known."""
         self.outcomes.append(time.perf_counter() - self.begun.pop(key))
 
-    def drain(self) -> None:
-        """Wait for all outstanding outcomes."""
-        while self.begun:
-            self.step()
-
     def run(self, units: int, outstanding: int) -> None:
         """Run that many no-op units to their end."""
         for _ in range(units):
-            while len(self.begun) >= outstanding:
-                self.step()
+            self.drain(outstanding - 1)
             self.submit()
         self.drain()
+
+    def drain(self, left: int = 0) -> None:
+        """Wait until no more than *left* units are outstanding."""
+        while len(self.begun) > left:
+            self.step()
 
 
 class Crowdnode(System):
