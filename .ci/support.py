@@ -79,12 +79,11 @@ class System:
     submit(action, input), whose defaults are a no-op; and step(seconds), which waits up
     to that time for outcomes and passes their keys to finish().
 
-    begun: when each outstanding unit was submitted.  replies, outcomes: seconds until
-    a unit was accepted, and until its outcome was known.  roots: its top processes."""
+    begun: when each outstanding unit was submitted.  outcomes: seconds until an outcome
+    was known.  roots: its top processes."""
 
     def __init__(self) -> None:
         self.begun: dict[Any, float] = {}
-        self.replies: list[float] = []
         self.outcomes: list[float] = []
         self.roots: list[int] = []
 
@@ -155,11 +154,10 @@ class Crowdnode(System):
         self.next += 1
 
     def _post(self, key: int, request: bytes) -> None:
-        began = self.begun[key] = time.perf_counter()
+        self.begun[key] = time.perf_counter()
         with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as connection:
             connection.sendall(request)
             status, _, body = helpers.read_answer(connection)
-        self.replies.append(time.perf_counter() - began)
         if status != 200:
             self.refused.append(f"unit {key} was refused: {status} {body!r}")
 
