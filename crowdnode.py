@@ -753,6 +753,9 @@ def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
             refuse(name, f"must not hold a password; use {keys}")
     if config.http_authentication and not (config.login and config.password):
         refuse("http_authentication", "needs login and password too")
+    if not f"{config.login}{config.password}".isascii():
+        danger = "central's Ruby finds what is not ASCII different"
+        config.warnings.append(f"login, password: {danger}: use ASCII alone")
     if ":" in (config.login or ""):
         refuse("login", "must not hold a colon, which ends the login in HTTP Basic")
     for name in STORAGES[config.storage]:
@@ -903,6 +906,19 @@ def is_locked(path: str) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def worker_lives(record: Record, locked: bool) -> bool:
+    """Return whether the worker of *record*, which is *locked* or not, lives.
+
+    A child that a worker has forked may hold the lock of a dead one, and a worker may
+    have closed its own: so the process itself counts, where it can be seen.  Raises
+    OSError."""
+    head = record.head or {}
+    is_here = all(head.get(k) == THIS_MACHINE[k] for k in ("boot_id", "namespace"))
+    if not is_here or not record.pid or not record.started:
+        return locked
+    return is_same_process(record.pid, record.started, head)
 
 
 def append_line(path: str, line: bytes) -> None:
@@ -2850,6 +2866,7 @@ RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 REFUSALS = 3  # answers of 500, while others are taken, until a report is given up
+FORM_LIMIT = 4_194_304  # bytes of a form that Rack takes by default
 SUCCESS_HOLD, FAILURE_HOLD = 0.1, 0.5  # seconds after the reply
 HOLD_LIMIT = 2  # seconds
 HOLD_TICK = 0.05  # seconds between looks at what is held
@@ -3278,6 +3295,7 @@ class Node:
         self.available_memory: int | None = None  # bytes
         self.error: Exception | None = None  # that ended the start
         self.may_be_known = inherited  # to central
+        self.has_survivors = True  # no check-out follows, which would release units
         self.is_stopping = self.is_checked_out = self.is_replaced = False
         self.reload_lock = threading.Lock()  # held while a fork server is exchanged
         self.unlocked: set[str] = set()  # units whose workers had gone at the last tick
@@ -3360,10 +3378,12 @@ class Node:
         if self.config.is_job:  # --run waits for them on standard output
             loaded = [fork_server.actions, fork_server.problems]
             print(json.dumps(loaded), flush=True)
+        self.has_survivors = self.inherited or self.has_living_worker()
         self.adopt_records()
         self.read_machine()
         if not self.inherited:
             self.release_earlier_units()
+        self.has_survivors = True
         if self.is_stopping:
             raise CrowdError("stopped by a signal while starting")
         self.may_be_known, self.is_checked_out = True, False
@@ -4101,7 +4121,7 @@ class Node:
             is_known = central.report(unit.id, unit.worker, outcome)
         except CentralError as error:
             is_refused = error.status == 500 and outcome.status == "succeeded"
-            if not is_refused or not self.is_too_much(unit):
+            if not is_refused or not self.is_too_much(unit, outcome):
                 raise
             self.give_up(unit, outcome)
             return self.report(unit)
@@ -4122,10 +4142,11 @@ class Node:
             self.requeue(ready)
         return None
 
-    def is_too_much(self, unit: Unit) -> bool:
-        """Return whether central refuses *unit* with 500 while it takes others."""
-        taken = self.counters.reported
-        if taken != unit.taken_before:
+    def is_too_much(self, unit: Unit, outcome: Outcome) -> bool:
+        """Return whether central refuses *unit* with 500 again and again, though it
+        takes others, or the form is over Rack's limit."""
+        taken, size = self.counters.reported, len(quoted(outcome.output))
+        if taken != unit.taken_before or size > FORM_LIMIT:
             unit.refusals, unit.taken_before = unit.refusals + 1, taken
         return unit.refusals >= REFUSALS
 
@@ -4136,8 +4157,8 @@ class Node:
         size = len(quoted(outcome.output))
         reason = (
             f"central refuses the report, whose form has {size} bytes, with 500. Rack "
-            "takes 4194304: return less, or set RACK_QUERY_PARSER_BYTESIZE_LIMIT in "
-            "central's environment"
+            f"takes {FORM_LIMIT}: return less, or set RACK_QUERY_PARSER_BYTESIZE_LIMIT "
+            "in central's environment"
         )
         log.error("%s: %s", unit, reason)
         line = Outcome("failed", outcome.seconds, failure(reason)).line()
@@ -4271,6 +4292,15 @@ class Node:
             with open(path, "ab", 0) as file:
                 file.write(tail)
 
+    def has_living_worker(self) -> bool:
+        """Return whether a worker lives that an earlier node has left."""
+        for name in filter(UNIT_ID.fullmatch, os.listdir(self.config.units_path)):
+            with contextlib.suppress(OSError, OddRecord):
+                path = f"{self.config.units_path}/{name}"
+                if worker_lives(Record(read_file(path)), is_locked(path)):
+                    return True
+        return False
+
     def adopt(self, name: str) -> None:
         """Adopt the unit of the record *name*, which an earlier process has left."""
         path = f"{self.config.units_path}/{name}"
@@ -4292,11 +4322,13 @@ class Node:
             head, boot_id = record.head, THIS_MACHINE["boot_id"]
             if name in self.units or name in self.reported or (locked and not head):
                 return None  # it has just come, or is being written
-            is_over = not record.outcome and not locked
-            if not head or (is_over and head.get("boot_id", boot_id) != boot_id):
-                # Either no reply named its pid; or the machine has been restarted, its
-                # report may have been taken, and the check-out releases it.
-                why = "from before a restart" if head else "its pid was never sent"
+            is_over = not record.outcome and not worker_lives(record, locked)
+            is_released = head and head.get("boot_id", boot_id) != boot_id
+            is_released = is_released or not self.has_survivors
+            if not head or (is_over and is_released):
+                # Either no reply named its pid; or the check-out will release it, for
+                # all workers died.  After a reboot its report may have been taken.
+                why = "all workers have died" if head else "its pid was never sent"
                 log.info("unit %s: dropped: %s", name, why)
                 remove_file(f"{path}.out")
                 return remove_file(path)
@@ -4333,15 +4365,12 @@ class Node:
                 unit.pid = concurrent.futures.Future()
                 unit.pid.set_result(record.pid)
                 unit.process_started = record.started
-            is_same = is_same_process(unit.worker, unit.process_started, unit.head)
+            lives = is_same_process(unit.worker, unit.process_started, unit.head)
+            if record.head:  # else the file is gone
+                lives = worker_lives(record, locked)
         except OSError as error:
             return log.warning("%s: its worker can't be looked at: %s", unit, error)
-        # A child that a worker has forked may hold the lock of a dead one, and a worker
-        # may have closed its own: so the process itself counts, where it can be seen.
-        keys = ("boot_id", "namespace")
-        can_see = unit.worker > 0 and unit.process_started > 0
-        can_see = can_see and all(unit.head.get(k) == THIS_MACHINE[k] for k in keys)
-        if record.outcome or not (is_same if can_see else locked):
+        if record.outcome or not lives:
             return self.settle(unit)
         limit = self.config.limit(unit.action, "time_limit")
         unit.timed_out = unit.timed_out or bool(limit and unit.age() > limit)

@@ -2807,10 +2807,15 @@ class Refused(CrowdTest):
     def test_a_report_that_is_too_much_for_central_is_given_up(self) -> None:
         central = self.central()
         central.answer = lambda method, path, fields: (
-            500 if path == "/work/1" and fields["status"] == "succeeded" else None
+            500
+            if path in ("/work/0", "/work/1") and fields["status"] == "succeeded"
+            else None
         )
-        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.05}
+        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.05, "FORM_LIMIT": 50_000}
         node = self.node(central, constants=constants)
+        node.take(unit(0, "echo", "\u20ac" * 6000))  # which is over the limit
+        wait_for(lambda: len(central.reports(0)) == 4, "it is given up")
+        self.assertEqual(central.reports(0)[-1]["status"], "failed")
         reports = functools.partial(central.reports, 1)
         node.take(unit(1, "echo", "\u20ac" * 5000))
         wait_for(lambda: len(reports()) > 3, "no other report has been taken")
@@ -2898,6 +2903,25 @@ class Orphans(CrowdTest):
         self.assertEqual([len(central.reports(id)) for id in (1, 2)], [1, 1])
         node.settled()
 
+    def test_after_the_death_of_all_processes_the_check_out_answers(self) -> None:
+        node = self.node(port=free_port())
+        central, fork_server = node.central, node.fork_server
+        workers = [node.take(unit(id, "sleeper", "60")) for id in range(3)]
+        central.fail(500, "/work/7")
+        node.take(unit(7))
+        wait_for(lambda: central.reports(7), "an outcome that waits")
+        for pid in (node.pid, fork_server, *workers):
+            os.kill(pid, signal.SIGKILL)
+        node.wait()
+        central.answer = lambda *call: None
+        node.start()
+        calls = [call[:2] for call in central.calls if call[1] != "/work/7"]
+        name = f"/node/127.0.0.1:{node.port}"
+        self.assertEqual(calls[-2:], [("DELETE", name), ("PUT", name)])
+        self.assertEqual([central.reports(id) for id in range(3)], [[], [], []])
+        self.assertEqual(central.outcome(7), ("succeeded", "x"))
+        node.settled()
+
     def test_another_process_with_a_workers_pid_is_never_signalled(self) -> None:
         """After a restart of the machine or container, or in a shared directory."""
         node = self.node()
@@ -2931,7 +2955,7 @@ class Orphans(CrowdTest):
         began = node.status()["uptime_seconds"]
         wait_for(lambda: node.status()["uptime_seconds"] > began + 0.4, "several ticks")
         self.assertIsNone(other.poll())
-        self.assertEqual(node.said("unit overdue4: dropped: from before a restart"), 1)
+        self.assertEqual(node.said("unit overdue4: dropped: all workers have died"), 1)
         locks.close()
         node.settled()
         self.assertIsNone(other.poll())
@@ -4001,11 +4025,8 @@ class Stops(CrowdTest):
         self.assertEqual(node.wait(), -signal.SIGALRM)
 
     def test_a_loop_that_dies_ends_the_node(self) -> None:
-        class Code(str):
-            __repr__ = str.__str__
-
-        fault = Code("lambda *_: (_ for _ in ()).throw(GeneratorExit)")
-        node = self.node(constants={"Node.report": fault})
+        fault = "lambda *_: (_ for _ in ()).throw(GeneratorExit)"
+        node = self.node(constants={"Node.report": Expression(fault)})
         node.take(unit())
         self.assertEqual(node.wait(), 0)
         self.assertEqual(node.said("a thread died: GeneratorExit(); stopping"), 1)
