@@ -145,10 +145,18 @@ def write_script(directory: str, name: str, text: str) -> str:
     return path
 
 
+def program(**constants: Any) -> list[str]:
+    """The command that runs the program, with these constants other than usual."""
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import crowdnode; "
+    for name, value in constants.items():
+        code += f"crowdnode.{name} = {value!r}; "
+    return [sys.executable, "-c", f"{code}sys.exit(crowdnode.main())"]
+
+
 def run_program(*arguments: Any, **options: Any) -> Any:
     """Run the program to its end."""
     return subprocess.run(
-        [sys.executable, PROGRAM, *arguments],
+        [*program(), *arguments],
         **{
             "stdin": None if "input" in options else subprocess.DEVNULL,
             "capture_output": True,
@@ -494,17 +502,9 @@ class NodeProcess:
         return os.path.join(self.directory, *names)
 
     def command(self, *arguments: str) -> list[str]:
-        constants = "".join(
-            f"crowdnode.{name} = {value!r}; " for name, value in self.constants.items()
-        )
-        program = (
-            f"import sys; sys.path.insert(0, {HERE!r}); import crowdnode; {constants}"
-            "sys.exit(crowdnode.main())"
-        )
-        start = [self.python, self.program]
-        if not self.program:
-            start = [self.python, "-c", program]
-        return [*start, "--config", self.path("crowdnode.conf"), *arguments]
+        start = [self.program] if self.program else program(**self.constants)[1:]
+        config = ["--config", self.path("crowdnode.conf")]
+        return [self.python, *start, *config, *arguments]
 
     def start(self, wait: bool = True) -> NodeProcess:
         before = self.said("has checked in with")
@@ -802,10 +802,11 @@ class CrowdTest(unittest.TestCase):
     def job(self, *arguments: Any, path: str = "", **options: Any) -> Any:
         """Run the program in an empty environment; *path*: before the usual PATH."""
         home = options.pop("home", "") or self.directory()
-        key, _, value = MARK.partition("=")
-        usual = {"PATH": f"{path}/usr/bin:/bin", "HOME": home, "TMPDIR": home}
+        env = {"PATH": f"{path}/usr/bin:/bin", "HOME": home, "TMPDIR": home}
+        kept = ("CROWDNODE_TEST", "PYTHONPYCACHEPREFIX")
+        env.update({key: text for key, text in environment().items() if key in kept})
         options.setdefault("cwd", HERE)
-        return run_program(*arguments, env={**usual, key: value}, **options)
+        return run_program(*arguments, env=env, **options)
 
     @contextlib.contextmanager
     def started_job(self, *arguments: str) -> Iterator[Any]:
@@ -4469,8 +4470,9 @@ def run_named(names: list[str]) -> int:
 
 def run_class(cls: type) -> tuple[str, list[int]]:
     """Run a class of tests in a process of its own: what it printed, and the counts."""
-    command = [sys.executable, os.path.abspath(__file__), cls.__name__]
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "test_crowdnode", cls.__name__]
+    output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = subprocess.run(command, cwd=HERE, **output)
     text = run.stdout.decode("utf-8", "replace").rstrip()
     found = re.findall(r"(\d+) (?:passed|failed|skipped)", text)[-3:]
     counts = [int(count) for count in found] or [0, 1, 0]
@@ -4497,7 +4499,11 @@ def run_all() -> int:
 
 def main() -> int:
     """Run the tests that the command line names, all by default."""
-    return run_named(sys.argv[1:]) if sys.argv[1:] else run_all()
+    with tempfile.TemporaryDirectory(prefix="crowdnode-test-") as cache:
+        # All that we start is compiled once, and leaves nothing beside the program.
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", cache)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        return run_named(sys.argv[1:]) if sys.argv[1:] else run_all()
 
 
 if __name__ == "__main__":
