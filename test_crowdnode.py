@@ -916,6 +916,12 @@ def check_leftovers(test: unittest.TestCase, result: unittest.TestResult) -> Non
             result.addFailure(test, sys.exc_info())
 
 
+def idle_node() -> Any:
+    """A node in this process that does nothing by itself."""
+    mock = unittest.mock.Mock()
+    return crowdnode.Node(crowdnode.load_config("", []), 9063, mock, mock, mock, False)
+
+
 class SharedNode(CrowdTest):
     """Tests that one node and one central serve, and do not disturb."""
 
@@ -1582,18 +1588,24 @@ signal.set_wakeup_fd(-1)
 class BuiltIn(CrowdTest):
     """CloudCrowd's own, with shell scripts in the place of their programs."""
 
-    def built_in(self, action: str, *inputs: Any, **options: Any) -> Any:
-        """Run a job of *action*."""
-        path = self.programs(
+    def setUp(self) -> None:
+        self.programs_path = self.programs(
             pdftk='case $2 in burst) for n in 1 2 3; do echo "page $n" > 0000$n.part; '
             'done;; *) cp "$1" "$last";; esac',
             gm='printf "%s\\n" "$@" > "$last"',
             pdftotext='while [ "$2" != "$last" ]; do shift; done; cp "$1" "$last"',
             gs="true",
         )
+
+    def built_in(self, action: str, *inputs: Any, **options: Any) -> Any:
+        """Run a job of *action*; its one output."""
         settings = f"--set local_storage_path={self.directory()}".split()
         settings += ["--set", "work_unit_retries=1", "--options", json.dumps(options)]
-        return self.job(*settings, "--run", action, *inputs, path=path)
+        job = [*settings, "--run", action, *inputs]
+        done = self.job(*job, path=self.programs_path)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        (output,) = json.loads(done.stdout)
+        return output
 
     def test_graphics_magick_does_steps_and_no_shell_sees_options(self) -> None:
         steps = [
@@ -1601,9 +1613,7 @@ class BuiltIn(CrowdTest):
              "options": "-size '10 x' ; $(id)"},
             {"name": "b", "command": "convert", "extension": "png", "input": "a"},
         ]  # fmt: skip
-        done = self.built_in("graphics_magick", "LICENSE", steps=steps)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        ((urls),) = json.loads(done.stdout)
+        urls = self.built_in("graphics_magick", "LICENSE", steps=steps)
         texts = [crowdnode.read_file(crowdnode.local_path(urls[name])) for name in "ab"]
         first, second = (text.decode().split("\n") for text in texts)
         self.assertEqual(first[:5], ["convert", "-size", "10 x", ";", "$(id)"])
@@ -1613,9 +1623,7 @@ class BuiltIn(CrowdTest):
 
     def test_process_pdfs_splits_into_batches_and_merges_to_one_archive(self) -> None:
         images = [{"name": "small", "extension": "gif"}]
-        done = self.built_in("process_pdfs", "LICENSE", batch_size=2, images=images)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        (url,) = json.loads(done.stdout)
+        url = self.built_in("process_pdfs", "LICENSE", batch_size=2, images=images)
         with tarfile.open(crowdnode.local_path(url)) as archive:
             files = [item.name for item in archive if item.isfile()]
             full = archive.extractfile("LICENSE/text/full/LICENSE.txt")
@@ -1633,9 +1641,7 @@ class BuiltIn(CrowdTest):
             paths.append(os.path.join(place, name))
             os.makedirs(os.path.dirname(paths[-1]), exist_ok=True)
             shutil.copyfile(os.path.join(HERE, "LICENSE"), paths[-1])
-        done = self.built_in("process_pdfs", *paths, paths[0], batch_size=2)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        (url,) = json.loads(done.stdout)
+        url = self.built_in("process_pdfs", *paths, paths[0], batch_size=2)
         with tarfile.open(crowdnode.local_path(url)) as archive:
             files = [item.name for item in archive if "/full/" in item.name]
         wanted = ["r", "R-2", "a-b", "a-b-2", "\xe9", "\u4e2d", "r-3"]
@@ -1648,17 +1654,22 @@ class BuiltIn(CrowdTest):
             step = {"name": "a", "command": "convert", "extension": "gif", **more}
             return {"steps": [step]}
 
+        env = {"PATH": self.programs_path + os.environ["PATH"]}
+        node = self.node(env=env, disabled_actions="")
         image = {"name": "10000", "extension": "gif"}
-        for message, action, inputs, options in (
-            ("is not an earlier step", "graphics_magick", [], steps(input=["c"])),
-            ("of letters, digits,", "graphics_magick", [], steps(extension="../x")),
-            ("No closing quotation", "graphics_magick", [], steps(options="'")),
-            ("10000 looks like a page's", "process_pdfs", [], {"images": [image]}),
-            ("must be 1 or more, not 0", "process_pdfs", [], {"batch_size": 0}),
-        ):
-            done = self.built_in(action, "LICENSE", *inputs, **options)
-            self.assertEqual(done.returncode, 1, message)
-            self.assertIn(message, done.stderr)
+        url = crowdnode.file_url(os.path.join(HERE, "LICENSE"))
+        rows: list[tuple[str, str, int, Any]] = [
+            ("is not an earlier step", "graphics_magick", 1, steps(input=["c"])),
+            ("of letters, digits,", "graphics_magick", 1, steps(extension="../x")),
+            ("No closing quotation", "graphics_magick", 1, steps(options="'")),
+            ("10000 looks like a page's", "process_pdfs", 1, {"images": [image]}),
+            ("must be 1 or more, not 0", "process_pdfs", 4, {"batch_size": 0}),
+        ]
+        for id, (message, action, stage, options) in enumerate(rows):
+            wrong = unit(id, action, url, options=options, status=stage)
+            status, output = node.do(wrong)
+            self.assertEqual(status, "failed")
+            self.assertIn(message, output)
 
 
 # ---------------------------------------------------------------------------
@@ -2076,7 +2087,7 @@ class Client(CrowdTest):
 # ---------------------------------------------------------------------------
 
 
-class Surroundings(CrowdTest):
+class Machine(CrowdTest):
     def test_the_machines_own_name_is_checked_like_a_given_one(self) -> None:
         for name in ("my host", "M\xdcLLER-PC", ""):
             with unittest.mock.patch("socket.gethostname", lambda name=name: name):
@@ -2136,8 +2147,6 @@ class Surroundings(CrowdTest):
         wait_for(lambda: node.said(sentence), "a reload refuses what a start refuses")
         self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
-
-class Tools(CrowdTest):
     def assert_refused(self, node: NodeProcess, reason: str) -> None:
         status, _, body = node.post(unit(99))
         self.assertEqual((status, body), (503, b"Node Overloaded"))
@@ -2235,8 +2244,6 @@ class Tools(CrowdTest):
         self.assertEqual(node.daemon_pid, pid)
         self.assertEqual(node.said("was deleted under this node; recreated"), 1)
 
-
-class Vitals(CrowdTest):
     def test_processors_are_those_of_affinity_and_quota(self) -> None:
         root, own = self.directory(), os.path.join(self.directory(), "cgroup")
         count = crowdnode.processors(root, own)
@@ -2281,15 +2288,20 @@ class Vitals(CrowdTest):
 
     def test_uptime_runs_in_the_c_locale_or_the_kernel_is_asked(self) -> None:
         script = '[ "$LC_ALL" = C ] && echo "13:00 0.42, 1.0" || echo "13.00 0,42 1,0"'
+        mock = unittest.mock
         for text in (script, "echo 13:00 up 1 day", "sleep 50", "exec nosuch"):
-            with self.subTest(text):
-                deadline = 0.1 if text == "sleep 50" else DEADLINE
-                constants = {"SCRAPE_DEADLINE": deadline, "MONITOR_INTERVAL": 0.02}
-                env = {**self.fake_uptime(text), "LANG": "fi_FI.UTF-8"}
-                node = self.node(env=env, constants=constants)
-                wait_for(lambda: node.status()["uptime_seconds"] > 0.3, "some ticks")
-                self.assertEqual(node.said("uptime does not tell"), int(text != script))
-                load = node.status()["load_average"]
+            env = {**self.fake_uptime(text), "LANG": "fi_FI.UTF-8"}
+            deadline = 0.1 if text == "sleep 50" else DEADLINE
+            fake = mock.patch.multiple(crowdnode, SCRAPE_DEADLINE=deadline)
+            with self.subTest(text), fake, mock.patch.dict(os.environ, env):
+                node = idle_node()
+                with mock.patch.object(crowdnode.log, "warning") as warning:
+                    for _ in range(2):
+                        node.read_machine()
+                said = [call[0] for call in warning.call_args_list]
+                sentence = "uptime does not tell the load average: asking the kernel"
+                self.assertEqual(said, [("%s", sentence)] * (text != script))
+                load = node.load_average
                 self.assertTrue(load == 0.42 if text == script else load >= 0, load)
 
 
@@ -2298,10 +2310,15 @@ class Vitals(CrowdTest):
 # ---------------------------------------------------------------------------
 
 
+class Expression(str):
+    """A constant of the program that is given as Python's text."""
+
+    __repr__ = str.__str__
+
+
 class ForkServers(CrowdTest):
     def test_a_child_that_a_thread_waits_for_is_not_taken_for_a_stray(self) -> None:
-        config, mock = crowdnode.load_config("", []), unittest.mock.Mock()
-        node = crowdnode.Node(config, 9063, mock, mock, mock, False)
+        node = idle_node()
         silent = ["sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 7"]
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(crowdnode.run_command, silent, DEADLINE)
@@ -2311,15 +2328,22 @@ class ForkServers(CrowdTest):
         self.assertEqual(waiting.result(), (7, b"", b""))
 
     def test_a_dead_fork_server_is_replaced_and_its_workers_go_on(self) -> None:
-        node = self.node()
+        """And their time limits hold, and their deaths are noticed."""
+        node = self.node(None, **{"action sleeper": "time_limit = 2"})
         central, old = node.central, node.fork_server
         going_on = unit(1, "waiter", node.path("go"))
         pid = node.take(going_on)
+        node.take(unit(2, "sleeper", "60"))
+        killed = node.take(unit(3, "sleeper", "60"))
         os.kill(old, signal.SIGKILL)
+        os.kill(killed, signal.SIGKILL)
         wait_for(lambda: node.fork_server != old, "another")
         wait_for(lambda: len(central.check_ins()) == 2, "a check-in")
         self.assertEqual(node.take(going_on), pid, "the node has that one")
-        self.assertEqual(node.do(unit(2)), ("succeeded", "x"))
+        self.assertEqual(node.do(unit(4)), ("succeeded", "x"))
+        sentence = "the worker died while no fork server watched it"
+        self.assertEqual(central.outcome(3), ("failed", sentence))
+        self.assertEqual(central.outcome(2), ("failed", "time_limit of 2 s exceeded"))
         open(node.path("go"), "w").close()
         self.assertEqual(central.outcome(1), ("succeeded", "seen"))
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
@@ -2350,17 +2374,17 @@ class ForkServers(CrowdTest):
         self.assertEqual(node.record("5.odd"), record)
 
     def test_a_stopped_fork_server_is_refused_for_and_replaced(self) -> None:
-        constants = {"START_DEADLINE": 0.3, "SEND_DEADLINE": 1}
-        for size in (1, 2000000):  # the second can't even be sent
+        node = self.node(constants={"START_DEADLINE": 0.3, "SEND_DEADLINE": 1})
+        for id, size in ((1, 1), (2, 2_000_000)):  # the second can't even be sent
             with self.subTest(size):
-                node = self.node(constants=constants)
-                fork_server = node.fork_server
+                fork_server, why = node.fork_server, "refusing work: the fork server"
+                before = node.said(why)
                 with stopped(fork_server):
-                    self.assertEqual(node.post(unit(1, input="x" * size))[0], 503)
-                    wait_for(lambda: node.said("refusing work: the fork server"), "why")
+                    self.assertEqual(node.post(unit(id, input="x" * size))[0], 503)
+                    wait_for(lambda: node.said(why) > before, "why")
                     wait_for(lambda: node.fork_server != fork_server, "another")
                 wait_for(lambda: node.status()["state"] == "accepting", "it works")
-                self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
+                self.assertEqual(node.do(unit(id)), ("succeeded", "x"))
                 self.assertEqual(node.central.check_ins()[-1]["busy"], "false")
 
     def test_a_full_disk_is_a_refusal_that_ends(self) -> None:
@@ -2381,6 +2405,98 @@ class ForkServers(CrowdTest):
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
         self.assertEqual(node.central.check_ins()[-1]["busy"], "false")
         node.settled()
+
+    def test_a_death_that_the_fork_server_has_missed_is_noticed(self) -> None:
+        node = self.node()
+        central = node.central
+        central.fail(500, "/work/1")
+        pid, fork_server = node.take(unit(1, "sleeper", "60")), node.fork_server
+        node.do(unit(2))  # so the fork server has done with unit 1's start
+        with stopped(fork_server):  # it notices late
+            os.kill(pid, signal.SIGKILL)
+            self.assertEqual(central.outcome(1)[0], "failed")
+        self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
+        self.assertEqual(len(central.reports(1)), 1)
+
+    def test_a_child_that_has_the_lock_of_a_dead_orphan_keeps_nothing_alive(
+        self,
+    ) -> None:
+        forks = ECHO.replace("return self.input", "os.fork(); time.sleep(60)")
+        node = self.node(actions={"forks.py": forks.replace("Echo", "Forks")})
+        pid = node.take(unit(1, "forks"))
+        wait_for(lambda: len(our_processes()) == 4, "the child is there")
+        old = node.fork_server
+        os.kill(old, signal.SIGKILL)
+        wait_for(lambda: node.fork_server != old, "another is there")
+        with open(node.path("state", "units", "1"), "ab") as file:
+            file.write(b"nonsense\n")
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual(node.central.outcome(1)[0], "failed")
+        wait_for(lambda: len(our_processes()) == 2, "the child is gone")
+
+    def test_after_a_kill_of_the_node_the_next_one_settles_everything(self) -> None:
+        node = self.node(None, **{"action waiter": "time_limit = 600"})
+        central, fork_server = node.central, node.fork_server
+        node.write_config(port=node.port)
+        going_on = unit(1, "waiter", node.path("go"))
+        running = node.take(going_on)
+        central.stop()
+        node.take(unit(2))
+        wait_for(lambda: len(node.status()["waiting"]), "unit 2 waits")
+        node.kill()
+        self.assertTrue(alive(fork_server))
+        central.start()
+        # The wall clock has been set forward by decades, which must end no unit.
+        node.constants["time.time"] = Expression("lambda: 4e9")
+        node.start()
+        self.assertEqual(central.outcome(2), ("succeeded", "x"))
+        self.assertEqual(node.take(going_on), running, "the node has that one")
+        open(node.path("go"), "w").close()
+        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
+        wait_for(lambda: not alive(fork_server), "it ends with its last worker")
+        self.assertEqual(len(central.told("DELETE", "/node")), 1, "at the first start")
+        self.assertEqual([len(central.reports(id)) for id in (1, 2)], [1, 1])
+        node.settled()
+
+    def test_another_process_with_a_workers_pid_is_never_signalled(self) -> None:
+        """After a restart of the machine or container, or in a shared directory."""
+        node = self.node()
+        node.write_config(port=node.port, **{"action sleeper": "time_limit = 0.1"})
+        worker, fork_server = node.take(unit(1, "sleeper", "60")), node.fork_server
+        for pid in (node.pid, fork_server, worker):
+            os.kill(pid, signal.SIGKILL)
+        node.wait()
+        other = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+        self.addCleanup(other.communicate)
+        start = crowdnode.start_of_process(other.pid) or 0
+        pid_line = b"pid %d %.2f" % (other.pid, start)
+        record = re.sub(rb"pid \d+ .*", pid_line, node.record(1))
+        os.unlink(node.path("state", "units", "1"))
+        locks = contextlib.ExitStack()
+        for id, pattern, text in (
+            (1, rb"pid \d+ .*", b"pid %d 1.0" % other.pid),
+            (2, rb'"boot_id": "[^"]*"', b'"boot_id": "another"'),
+            (3, rb'"namespace": "[^"]*"', b'"namespace": "another"'),
+            (4, rb'"boot_id": "[^"]*"', b'"boot_id": "another"'),
+        ):
+            for kind in ("overdue", "withdrawn"):
+                name, end = f"{kind}{id}", b"withdrawn\n" * (kind == "withdrawn")
+                changed = re.sub(rb'"id": 1', b'"id": "%s"' % name.encode(), record)
+                file = open(node.path("state", "units", name), "wb", 0)  # noqa: SIM115
+                file.write(re.sub(pattern, text, changed) + end)
+                locks.enter_context(file)
+                if id != 4:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # as a child of the worker might
+        node.start()
+        began = node.status()["uptime_seconds"]
+        wait_for(lambda: node.status()["uptime_seconds"] > began + 0.4, "several ticks")
+        self.assertIsNone(other.poll())
+        self.assertEqual(node.said("unit overdue4: dropped: from before a restart"), 1)
+        locks.close()
+        node.settled()
+        self.assertIsNone(other.poll())
+        self.assertEqual(node.central.reports("overdue4"), [])
+        self.assertEqual(len(node.central.reports("overdue1")), 1)
 
 
 class Work(SharedNode):
@@ -2449,7 +2565,7 @@ def request_under_way(node: NodeProcess, unit: Any) -> Iterator[socket.socket]:
         yield connection
 
 
-class Attempts(CrowdTest):
+class Reports(CrowdTest):
     def test_another_attempt_ends_one_that_is_still_being_started(self) -> None:
         node = self.node()
         pool, first = concurrent.futures.ThreadPoolExecutor(1), unit(1, "sleeper", "30")
@@ -2498,8 +2614,6 @@ class Attempts(CrowdTest):
         self.assertEqual(central.reports(1)[1]["output"], '{"output":"seen"}')
         self.assertEqual(central.reports(1)[1]["pid"], str(pid))
 
-
-class Reports(CrowdTest):
     def test_a_lost_reply_withdraws_the_unit(self) -> None:
         node = self.node()
         lost = unit(1, "sleeper", "20")
@@ -2572,6 +2686,40 @@ class Reports(CrowdTest):
                 self.assertIn(sentence, node.central.outcome(1)[1])
                 node.settled()
                 self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_an_output_that_is_nested_too_deeply_fails_its_unit(self) -> None:
+        for start, inner, end in (
+            ("[", "", "]"),
+            ('{"a":', "1", "}"),
+            ("[1,", "1", "]"),
+        ):
+            output = start * 99 + inner + end * 99
+            encoded = json.loads(crowdnode.encode_output(json.loads(output)))
+            self.assertEqual(encoded, {"output": json.loads(output)})
+            with self.assertRaisesRegex(crowdnode.ActionFailed, "more than 99 deep"):
+                crowdnode.encode_output(json.loads(f"{start}{output}{end}"))
+
+    def test_a_report_that_is_too_much_for_central_is_given_up(self) -> None:
+        central = self.central()
+        central.answer = lambda method, path, fields: (
+            500 if path == "/work/1" and fields["status"] == "succeeded" else None
+        )
+        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.05}
+        node = self.node(central, constants=constants)
+        reports = functools.partial(central.reports, 1)
+        node.take(unit(1, "echo", "\u20ac" * 5000))
+        wait_for(lambda: len(reports()) > 3, "no other report has been taken")
+        self.assertEqual({report["status"] for report in reports()}, {"succeeded"})
+        for id in range(2, 1000):
+            node.do(unit(id))
+            if reports()[-1]["status"] == "failed":
+                break
+        node.settled()
+        output = reports()[0]["output"]
+        message = json.loads(reports()[-1]["output"])["output"]
+        self.assertIn("RACK_QUERY_PARSER_BYTESIZE_LIMIT", message)
+        self.assertIn(f"has {len(urllib.parse.quote_plus(output))} bytes", message)
+        self.assertEqual(reports().count(reports()[-1]), 1)
 
 
 class LateCentral(Central):
@@ -2646,6 +2794,7 @@ class LateCentral(Central):
         return status
 
 
+LONG = {"SUCCESS_HOLD": 60, "FAILURE_HOLD": 60, "HOLD_LIMIT": 60}
 HASTY = {**FAST, "STUCK_AFTER": 0.05}  # a pid that is still listed is stuck soon
 
 
@@ -2655,7 +2804,9 @@ def stuck(central: Central, *ids: int, until: int = 2) -> list[int]:
     return [int(found[0]["pid"]) for found in reports if 0 < len(found) < until]
 
 
-class LateCommits(CrowdTest):
+class Holds(CrowdTest):
+    """Reports that central might not, or did not, take in."""
+
     def test_every_unit_ends_and_none_stays_listed(self) -> None:
         central = LateCentral(["echo", "broken"] * 40, retries=2)
         self.addCleanup(central.close)
@@ -2777,12 +2928,8 @@ class LateCommits(CrowdTest):
         self.assertEqual(node.said("can't be reported again"), 1)
         self.assertFalse(node.said("Traceback"))
 
-
-class Holds(CrowdTest):
-    LONG = {"SUCCESS_HOLD": 60, "FAILURE_HOLD": 60, "HOLD_LIMIT": 60}
-
     def test_a_success_is_held_until_the_next_unit_arrives(self) -> None:
-        node = self.node(constants=self.LONG)
+        node = self.node(constants=LONG)
         central = node.central
         for id, action, held in (
             (1, "echo", [1]),
@@ -2819,7 +2966,7 @@ class Holds(CrowdTest):
     def test_a_death_is_on_disk_before_its_report_is_held(self) -> None:
         for end in (NodeProcess.kill, NodeProcess.stop):
             with self.subTest(end.__name__):
-                node = self.node(constants=self.LONG)
+                node = self.node(constants=LONG)
                 central = node.central
                 os.kill(node.take(unit(1, "sleeper", "60")), signal.SIGABRT)
                 wait_for(lambda: len(node.status()["waiting"]) == 1, "it is held")
@@ -2832,7 +2979,7 @@ class Holds(CrowdTest):
 
     def test_the_dialect_seed_has_no_hold_and_no_look_at_the_status(self) -> None:
         central = self.central(seed=True)
-        node = self.node(central, dialect="seed", constants=self.LONG)
+        node = self.node(central, dialect="seed", constants=LONG)
         self.assertEqual(node.do(unit(1)), ("succeeded", "x"))
         self.assertEqual(node.do(unit(2, "broken"))[0], "failed")
         node.settled()
@@ -2850,153 +2997,6 @@ class Holds(CrowdTest):
         for later, halvings in ((540, 0), (601, 1), (660, 1), (1202, 2)):
             hold.relax(now + later)
             self.assertEqual(hold.factor, most / 2**halvings)
-
-
-class Refused(CrowdTest):
-    def test_an_output_that_is_nested_too_deeply_fails_its_unit(self) -> None:
-        for start, inner, end in (
-            ("[", "", "]"),
-            ('{"a":', "1", "}"),
-            ("[1,", "1", "]"),
-        ):
-            output = start * 99 + inner + end * 99
-            encoded = json.loads(crowdnode.encode_output(json.loads(output)))
-            self.assertEqual(encoded, {"output": json.loads(output)})
-            with self.assertRaisesRegex(crowdnode.ActionFailed, "more than 99 deep"):
-                crowdnode.encode_output(json.loads(f"{start}{output}{end}"))
-
-    def test_a_report_that_is_too_much_for_central_is_given_up(self) -> None:
-        central = self.central()
-        central.answer = lambda method, path, fields: (
-            500 if path == "/work/1" and fields["status"] == "succeeded" else None
-        )
-        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.05}
-        node = self.node(central, constants=constants)
-        reports = functools.partial(central.reports, 1)
-        node.take(unit(1, "echo", "\u20ac" * 5000))
-        wait_for(lambda: len(reports()) > 3, "no other report has been taken")
-        self.assertEqual({report["status"] for report in reports()}, {"succeeded"})
-        for id in range(2, 1000):
-            node.do(unit(id))
-            if reports()[-1]["status"] == "failed":
-                break
-        node.settled()
-        output = reports()[0]["output"]
-        message = json.loads(reports()[-1]["output"])["output"]
-        self.assertIn("RACK_QUERY_PARSER_BYTESIZE_LIMIT", message)
-        self.assertIn(f"has {len(urllib.parse.quote_plus(output))} bytes", message)
-        self.assertEqual(reports().count(reports()[-1]), 1)
-
-
-class Expression(str):
-    """A constant of the program that is given as Python's text."""
-
-    __repr__ = str.__str__
-
-
-class Orphans(CrowdTest):
-    def test_an_orphan_keeps_its_time_limit_and_its_death_is_noticed(self) -> None:
-        node = self.node(None, **{"action sleeper": "time_limit = 2"})
-        central = node.central
-        node.take(unit(1, "sleeper", "60"))
-        killed = node.take(unit(2, "sleeper", "60"))
-        os.kill(node.fork_server, signal.SIGKILL)
-        os.kill(killed, signal.SIGKILL)
-        self.assertEqual(central.outcome(1), ("failed", "time_limit of 2 s exceeded"))
-        sentence = "the worker died while no fork server watched it"
-        self.assertEqual(central.outcome(2), ("failed", sentence))
-
-    def test_a_death_that_the_fork_server_has_missed_is_noticed(self) -> None:
-        node = self.node()
-        central = node.central
-        central.fail(500, "/work/1")
-        pid, fork_server = node.take(unit(1, "sleeper", "60")), node.fork_server
-        node.do(unit(2))  # so the fork server has done with unit 1's start
-        with stopped(fork_server):  # it notices late
-            os.kill(pid, signal.SIGKILL)
-            self.assertEqual(central.outcome(1)[0], "failed")
-        self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
-        self.assertEqual(len(central.reports(1)), 1)
-
-    def test_a_child_that_has_the_lock_of_a_dead_orphan_keeps_nothing_alive(
-        self,
-    ) -> None:
-        forks = ECHO.replace("return self.input", "os.fork(); time.sleep(60)")
-        node = self.node(actions={"forks.py": forks.replace("Echo", "Forks")})
-        pid = node.take(unit(1, "forks"))
-        wait_for(lambda: len(our_processes()) == 4, "the child is there")
-        old = node.fork_server
-        os.kill(old, signal.SIGKILL)
-        wait_for(lambda: node.fork_server != old, "another is there")
-        with open(node.path("state", "units", "1"), "ab") as file:
-            file.write(b"nonsense\n")
-        os.kill(pid, signal.SIGKILL)
-        self.assertEqual(node.central.outcome(1)[0], "failed")
-        wait_for(lambda: len(our_processes()) == 2, "the child is gone")
-
-    def test_after_a_kill_of_the_node_the_next_one_settles_everything(self) -> None:
-        node = self.node(None, **{"action waiter": "time_limit = 600"})
-        central, fork_server = node.central, node.fork_server
-        node.write_config(port=node.port)
-        going_on = unit(1, "waiter", node.path("go"))
-        running = node.take(going_on)
-        central.stop()
-        node.take(unit(2))
-        wait_for(lambda: len(node.status()["waiting"]), "unit 2 waits")
-        node.kill()
-        self.assertTrue(alive(fork_server))
-        central.start()
-        # The wall clock has been set forward by decades, which must end no unit.
-        node.constants["time.time"] = Expression("lambda: 4e9")
-        node.start()
-        self.assertEqual(central.outcome(2), ("succeeded", "x"))
-        self.assertEqual(node.take(going_on), running, "the node has that one")
-        open(node.path("go"), "w").close()
-        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
-        wait_for(lambda: not alive(fork_server), "it ends with its last worker")
-        self.assertEqual(len(central.told("DELETE", "/node")), 1, "at the first start")
-        self.assertEqual([len(central.reports(id)) for id in (1, 2)], [1, 1])
-        node.settled()
-
-    def test_another_process_with_a_workers_pid_is_never_signalled(self) -> None:
-        """After a restart of the machine or container, or in a shared directory."""
-        node = self.node()
-        node.write_config(port=node.port, **{"action sleeper": "time_limit = 0.1"})
-        worker, fork_server = node.take(unit(1, "sleeper", "60")), node.fork_server
-        for pid in (node.pid, fork_server, worker):
-            os.kill(pid, signal.SIGKILL)
-        node.wait()
-        other = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
-        self.addCleanup(other.communicate)
-        start = crowdnode.start_of_process(other.pid) or 0
-        pid_line = b"pid %d %.2f" % (other.pid, start)
-        record = re.sub(rb"pid \d+ .*", pid_line, node.record(1))
-        os.unlink(node.path("state", "units", "1"))
-        locks = contextlib.ExitStack()
-        for id, pattern, text in (
-            (1, rb"pid \d+ .*", b"pid %d 1.0" % other.pid),
-            (2, rb'"boot_id": "[^"]*"', b'"boot_id": "another"'),
-            (3, rb'"namespace": "[^"]*"', b'"namespace": "another"'),
-            (4, rb'"boot_id": "[^"]*"', b'"boot_id": "another"'),
-        ):
-            for kind in ("overdue", "withdrawn"):
-                name, end = f"{kind}{id}", b"withdrawn\n" * (kind == "withdrawn")
-                changed = re.sub(rb'"id": 1', b'"id": "%s"' % name.encode(), record)
-                file = open(node.path("state", "units", name), "wb", 0)  # noqa: SIM115
-                file.write(re.sub(pattern, text, changed) + end)
-                locks.enter_context(file)
-                if id != 4:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # as a child of the worker might
-        node.start()
-        began = node.status()["uptime_seconds"]
-        wait_for(lambda: node.status()["uptime_seconds"] > began + 0.4, "several ticks")
-        self.assertIsNone(other.poll())
-        self.assertEqual(node.said("unit overdue4: dropped: from before a restart"), 1)
-        locks.close()
-        node.settled()
-        self.assertIsNone(other.poll())
-        self.assertEqual(node.central.reports("overdue4"), [])
-        self.assertEqual(len(node.central.reports("overdue1")), 1)
 
 
 # ---------------------------------------------------------------------------
@@ -3294,9 +3294,8 @@ class Run(CrowdTest):
 
     def test_outputs_come_in_the_order_of_inputs_with_a_bar_that_fits(self) -> None:
         path = os.path.join(self.directory(), "outputs")
-        action = "print('', end=''); time.sleep(0.02); return self.input"
         options = self.with_actions(
-            slow=f"import time{ECHO}".replace("return self.input", action)
+            slow=ECHO.replace("return", "time.sleep(0.02); return")
         )
         strings = [f"string {number}" for number in range(100)]
         job = [*options, "--output", path, "--strings", "--run", "slow", *strings]
@@ -3483,8 +3482,8 @@ def ignore_children_and_leave_descriptors() -> None:
     os.rmdir(place)
 
 
-class Inherited(CrowdTest):
-    """A job, and a node, whatever their parent is like."""
+class RunEnds(CrowdTest):
+    """How a job of --run starts under any parent, and how it ends."""
 
     def check(self, program: str, env: dict[str, str], prepare: Any = None) -> None:
         key, _, value = MARK.partition("=")
@@ -3520,10 +3519,6 @@ class Inherited(CrowdTest):
         place = self.directory()
         write_file(os.path.join(place, "ctypes.py"), "raise ImportError('not built')")
         self.check(sys.executable, {"PYTHONPATH": place})
-
-
-class RunEnds(CrowdTest):
-    """How a job of --run ends, and where its outputs go."""
 
     def sleeping(self, *inputs: str, more: str = "") -> Any:
         """A job whose action sleeps, after it has executed *more*."""
@@ -3613,12 +3608,6 @@ class RunEnds(CrowdTest):
 
 
 class Daemon(CrowdTest):
-    def test_on_a_terminal_the_page_and_the_log_are_named(self) -> None:
-        node = self.prepared()
-        shown = self.on_terminal(*node.command("--daemon"))
-        page = f"page: http://127.0.0.1:{node.port}/\r\n"
-        self.assertEqual(shown, f"{page}log:  {node.path('state', 'node.log')}\r\n")
-
     def test_a_node_without_a_fork_server_for_long_gives_up(self) -> None:
         constants = {"FORK_SERVER_PATIENCE": 0.1, "RETRY_WAIT": 0.1}
         node = self.node(constants=constants)
@@ -3841,8 +3830,6 @@ class Starts(CrowdTest):
                 path = f"/node/{node.settings['host']}:{node.port}"
                 self.assertEqual(calls, [("DELETE", name), ("PUT", path)])
 
-
-class Stops(CrowdTest):
     def test_a_stop_waits_for_units_and_a_second_signal_does_not(self) -> None:
         central = self.central()
         node = self.node(central, drain_time=30)
@@ -4016,10 +4003,6 @@ class Reloads(CrowdTest):
         node.kill(signal.SIGTERM)
         self.assertEqual(node.central.calls[-1][0], "DELETE")
 
-
-class Upgrade(CrowdTest):
-    """The program's file is replaced while a node runs."""
-
     def installed(self) -> NodeProcess:
         """A node that runs from a copy of the program, as on a user's machine."""
         node = self.prepared()
@@ -4172,7 +4155,10 @@ class Upgrade(CrowdTest):
 
 class CommandLine(CrowdTest):
     def test_status_is_for_people_and_for_programs_and_stop_waits(self) -> None:
-        node = self.daemon(constants={"HEARTBEAT_DEADLINE": 0.5})
+        node = self.prepared(constants={"HEARTBEAT_DEADLINE": 0.5})
+        shown = self.on_terminal(*node.command("--daemon"))
+        page = f"page: http://127.0.0.1:{node.port}/\r\n"
+        self.assertEqual(shown, f"{page}log:  {node.path('state', 'node.log')}\r\n")
         pid, worker = node.daemon_pid, node.take(unit(7, "sleeper", "60"))
         done = node.run("--status", "--json")
         self.assertEqual(json.loads(done.stdout)["port"], node.port)
@@ -4427,8 +4413,6 @@ class Readme(CrowdTest):
             done = subprocess.run(command, capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
 
-
-class Portability(CrowdTest):
     def test_the_standard_library_and_a_mac_are_enough(self) -> None:
         pattern = r"(?m)^ *(?:import|from(?=.* import )) (\w+)"
         modules = set(re.findall(pattern, crowdnode.read_file(PROGRAM).decode()))
@@ -4480,7 +4464,7 @@ def run_class(cls: type) -> tuple[str, list[int]]:
 
 def run_all() -> int:
     """Run every test, some classes at once, since they wait most of the time."""
-    long = "SystemCalls MoreSystemCalls LateCommits Upgrade RunEnds BuiltIn".split()  # noqa: SIM905
+    long = "SystemCalls Reloads Holds RunEnds Starts Machine ForkServers".split()  # noqa: SIM905
     names = unittest.defaultTestLoader.getTestCaseNames
     found = [value for value in globals().values() if isinstance(value, type)]
     classes = [cls for cls in found if issubclass(cls, CrowdTest) and names(cls)]
