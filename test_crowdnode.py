@@ -158,19 +158,16 @@ def program(**constants: Any) -> list[str]:
     return [sys.executable, "-c", f"{code}sys.exit(crowdnode.main())"]
 
 
+def run(command: list[Any], **options: Any) -> Any:
+    """Run a command to its end."""
+    usual = {"capture_output": True, "text": True, "timeout": DEADLINE}
+    if "input" not in options:
+        usual["stdin"] = subprocess.DEVNULL
+    return subprocess.run(command, **{**usual, "env": environment(), **options})
+
+
 def run_program(*arguments: Any, **options: Any) -> Any:
-    """Run the program to its end."""
-    return subprocess.run(
-        [*program(), *arguments],
-        **{
-            "stdin": None if "input" in options else subprocess.DEVNULL,
-            "capture_output": True,
-            "text": True,
-            "env": environment(),
-            "timeout": DEADLINE,
-            **options,
-        },
-    )
+    return run([*program(), *arguments], **options)
 
 
 @contextlib.contextmanager
@@ -531,17 +528,10 @@ class NodeProcess:
                 raise AssertionError(f"the node did not start:\n{self.log()}")
         return self
 
-    def run(self, *arguments: str, seconds: float = DEADLINE) -> Any:
+    def run(self, *arguments: str) -> Any:
         """Another call of the program with this configuration."""
-        return subprocess.run(
-            self.command(*arguments),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=environment(**self.env),
-            cwd=self.directory,
-            timeout=seconds,
-        )
+        env = environment(**self.env)
+        return run(self.command(*arguments), env=env, cwd=self.directory)
 
     def ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
@@ -585,6 +575,11 @@ class NodeProcess:
         return int(
             wait_for(lambda: self.status()["fork_server"]["pid"], "a fork server")
         )
+
+    def go_on(self, seconds: float) -> None:
+        """Wait until the node has run so much longer."""
+        until = self.status()["uptime_seconds"] + seconds
+        wait_for(lambda: self.status()["uptime_seconds"] > until, "time goes on")
 
     def settled(self) -> None:
         """Wait until no unit is left."""
@@ -709,6 +704,12 @@ class Echo(Action):
     def process(self):
         return self.input
 """
+
+
+def echo(code: str, top: str = "") -> str:
+    """The module of ECHO with other code in process(), and at the top."""
+    return top + ECHO.replace("return self.input", code)
+
 
 SLEEPER = """
 import time
@@ -1182,9 +1183,8 @@ class Bucket(CrowdTest):
 
     def test_files_are_public_or_behind_links_and_errors_are_retried(self) -> None:
         calls = self.calls
-        node = self.node(
-            actions={"coded.py": CODE}, constants={"S3_WAITS": (0,)}, **self.settings()
-        )
+        options = {"actions": {"coded.py": CODE}, "constants": {"S3_WAITS": (0,)}}
+        node = self.node(None, **options, **self.settings())
         self.assertEqual(calls[0][:2], ("GET", "/the-bucket?list-type=2&max-keys=0"))
         save = "open('a +b%.txt', 'w').write('saved'); result = self.save('a +b%.txt')"
         status, saved = node.do(coded(1, save))
@@ -1540,11 +1540,9 @@ class Loading(CrowdTest):
 
     def test_modules_that_do_not_load_in_time_end_the_start(self) -> None:
         slow = f"import time; time.sleep(60)\n{ECHO}"
-        constants = {"LOAD_DEADLINE": 0.5}
-        self.fails(
-            self.prepared(actions={"slow.py": slow}, constants=constants).run(),
-            "the actions did not load within 0.5 s",
-        )
+        options = {"actions": {"slow.py": slow}, "constants": {"LOAD_DEADLINE": 0.5}}
+        sentence = "the actions did not load within 0.5 s"
+        self.fails(self.prepared(None, **options).run(), sentence)
 
     def test_an_action_with_the_name_of_a_module_of_pythons_hides_nothing(self) -> None:
         node = self.node(actions={"email.py": ECHO, "coded.py": CODE})
@@ -1644,10 +1642,9 @@ class BuiltIn(CrowdTest):
         url = self.built_in("process_pdfs", *paths, paths[0], batch_size=2)
         with tarfile.open(crowdnode.local_path(url)) as archive:
             files = [item.name for item in archive if "/full/" in item.name]
-        wanted = ["r", "R-2", "a-b", "a-b-2", "\xe9", "\u4e2d", "r-3"]
-        self.assertEqual(
-            sorted(files), sorted(f"{name}/text/full/{name}.txt" for name in wanted)
-        )
+        names = ["r", "R-2", "a-b", "a-b-2", "\xe9", "\u4e2d", "r-3"]
+        wanted = [f"{name}/text/full/{name}.txt" for name in names]
+        self.assertEqual(sorted(files), sorted(wanted))
 
     def test_a_wrong_job_fails_with_a_sentence(self) -> None:
         def steps(**more: Any) -> dict[str, Any]:
@@ -1855,7 +1852,7 @@ class Misbehaviour(CrowdTest):
         node.kill()
         os.kill(fork_server, signal.SIGKILL)
         node.start()
-        wait_for(lambda: node.status()["uptime_seconds"] > 0.5, "some ticks")
+        node.go_on(0.5)
         self.assertEqual(node.central.reports(1), [])
         open(go, "w").close()
         self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
@@ -2091,26 +2088,24 @@ class Machine(CrowdTest):
     def test_the_machines_own_name_is_checked_like_a_given_one(self) -> None:
         for name in ("my host", "M\xdcLLER-PC", ""):
             with unittest.mock.patch("socket.gethostname", lambda name=name: name):
-                with self.assertRaisesRegex(
-                    crowdnode.UsageError, r"host: this machine"
-                ):
+                wrong = "host: this machine"
+                with self.assertRaisesRegex(crowdnode.UsageError, wrong):
                     crowdnode.load_config(None, [])
                 config = crowdnode.load_config(None, [("host", "10.0.0.1")])
                 self.assertEqual(config.host, "10.0.0.1")
 
     def test_a_host_name_that_central_can_not_dial_is_warned_of(self) -> None:
-        for host, warning in (
-            (
-                "127.0.0.1",
-                "is this machine alone (127.0.0.1), but central is elsewhere",
-            ),
-            ("a..b", "does not resolve here"),
-            ("192.0.2.2", ""),
-        ):
+        alone = "is this machine alone (127.0.0.1), but central is elsewhere"
+        warnings = {
+            "127.0.0.1": alone,
+            "a..b": "does not resolve here",
+            "192.0.2.2": "",
+        }
+        for host, warning in warnings.items():
             settings = [("central_server", "http://192.0.2.1"), ("host", host)]
-            warnings = crowdnode.host_warnings(crowdnode.load_config("", settings))
+            found = crowdnode.host_warnings(crowdnode.load_config("", settings))
             self.assertEqual(
-                [warning in text for text in warnings], [True][: len(warning)]
+                [warning in text for text in found], [True][: len(warning)]
             )
 
     def test_a_path_that_cannot_be_used_is_named_with_its_key(self) -> None:
@@ -2418,10 +2413,8 @@ class ForkServers(CrowdTest):
         self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
         self.assertEqual(len(central.reports(1)), 1)
 
-    def test_a_child_that_has_the_lock_of_a_dead_orphan_keeps_nothing_alive(
-        self,
-    ) -> None:
-        forks = ECHO.replace("return self.input", "os.fork(); time.sleep(60)")
+    def test_a_child_with_the_lock_of_a_dead_orphan_keeps_nothing_alive(self) -> None:
+        forks = echo("os.fork(); time.sleep(60)")
         node = self.node(actions={"forks.py": forks.replace("Echo", "Forks")})
         pid = node.take(unit(1, "forks"))
         wait_for(lambda: len(our_processes()) == 4, "the child is there")
@@ -2488,8 +2481,7 @@ class ForkServers(CrowdTest):
                 if id != 4:
                     fcntl.flock(file, fcntl.LOCK_EX)  # as a child of the worker might
         node.start()
-        began = node.status()["uptime_seconds"]
-        wait_for(lambda: node.status()["uptime_seconds"] > began + 0.4, "several ticks")
+        node.go_on(0.4)
         self.assertIsNone(other.poll())
         self.assertEqual(node.said("unit overdue4: dropped: from before a restart"), 1)
         locks.close()
@@ -2577,9 +2569,7 @@ class Reports(CrowdTest):
         self.assertEqual(node.central.outcome(1), ("succeeded", "x"))
         self.assertEqual(node.status()["counts"]["accepted"], 1)
 
-    def test_another_attempt_supersedes_one_that_runs_or_is_being_reported(
-        self,
-    ) -> None:
+    def test_another_attempt_supersedes_one_that_runs_or_is_reported(self) -> None:
         node = self.node()
         central = node.central
         pids = [node.take(unit(1, "sleeper", "30"))]
@@ -2678,21 +2668,14 @@ class Reports(CrowdTest):
                     os.kill(pid, signal.SIGKILL)
                     wait_for(lambda: len(node.status()["waiting"]), "its end is known")
                     wait_for(lambda: limit == 60 or node.central.reports(1), "a report")
-                    since = node.status()["uptime_seconds"]
-                    wait_for(
-                        lambda: node.status()["uptime_seconds"] > since + 0.5, "retries"
-                    )
+                    node.go_on(0.5)
                     self.assertEqual(len(node.central.reports(1)), int(limit < 1))
                 self.assertIn(sentence, node.central.outcome(1)[1])
                 node.settled()
                 self.assertEqual(len(node.central.reports(1)), 1)
 
     def test_an_output_that_is_nested_too_deeply_fails_its_unit(self) -> None:
-        for start, inner, end in (
-            ("[", "", "]"),
-            ('{"a":', "1", "}"),
-            ("[1,", "1", "]"),
-        ):
+        for start, inner, end in ("[", "", "]"), ('{"a":', "1", "}"), ("[1,", "1", "]"):
             output = start * 99 + inner + end * 99
             encoded = json.loads(crowdnode.encode_output(json.loads(output)))
             self.assertEqual(encoded, {"output": json.loads(output)})
@@ -2931,16 +2914,17 @@ class Holds(CrowdTest):
     def test_a_success_is_held_until_the_next_unit_arrives(self) -> None:
         node = self.node(constants=LONG)
         central = node.central
+
+        def waiting() -> list[int]:
+            return [item["id"] for item in node.status()["waiting"]]
+
         for id, action, held in (
             (1, "echo", [1]),
             (2, "broken", [2]),
             (3, "echo", [2, 3]),
         ):
             node.take(unit(id, action))
-            wait_for(
-                lambda: [item["id"] for item in node.status()["waiting"]] == held,
-                "it is held, and no other",
-            )
+            wait_for(lambda: waiting() == held, "it is held, and no other")
         node.take(unit(4))
         self.assertEqual(central.outcome(3), ("succeeded", "x"))
         self.assertEqual(len(central.reports(1)), 1)
@@ -3077,9 +3061,8 @@ class Shown(CrowdTest):
         }
         wanted = {f"crowdnode_{name}": str(value) for name, value in counts.items()}
         self.assertEqual({**values, **wanted}, values)
-        families = {
-            re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name) for name in values
-        }
+        suffix = r"(_bucket|_sum|_count)?(\{.*)?$"
+        families = {re.sub(suffix, "", name) for name in values}
         typed = [line.split()[2] for line in lines if line.startswith("# TYPE ")]
         self.assertEqual(sorted(families), sorted(typed))
         readme = crowdnode.read_file(os.path.join(HERE, "README.md")).decode()
@@ -3288,25 +3271,20 @@ class Run(CrowdTest):
         before, words = os.listdir(home), len(crowdnode.read_file(license).split())
         env = {MARK.partition("=")[0]: str(os.getpid()), "HOME": home, "TMPDIR": home}
         job = [*program, odd, crowdnode.file_url(license)]
-        done = subprocess.run(job, capture_output=True, cwd=home, env=env)
+        done = run(job, cwd=home, env=env)
         self.assertEqual((done.returncode, json.loads(done.stdout)), (0, [2 * words]))
         self.assertEqual(os.listdir(home), before, "files are left")
 
     def test_outputs_come_in_the_order_of_inputs_with_a_bar_that_fits(self) -> None:
         path = os.path.join(self.directory(), "outputs")
-        options = self.with_actions(
-            slow=ECHO.replace("return", "time.sleep(0.02); return")
-        )
+        options = self.with_actions(slow=echo("time.sleep(0.02); return self.input"))
         strings = [f"string {number}" for number in range(100)]
         job = [*options, "--output", path, "--strings", "--run", "slow", *strings]
+        running = r"\[#+ *\] \d+ of 100 done, 0 failed, \d+ running"
+        shorter = r"\d+ of 100 done, 0 failed, \d+ running"
         for columns, words in (
-            (
-                200,
-                r"\[#+ *\] \d+ of 100 done, 0 failed, \d+ running, [\d.]+/s, .* left",
-            ),
-            (60, r"of 100 done, 0 failed, \d+ running"),
-            (30, "of 100 done"),
-        ):
+            (200, rf"{running}, [\d.]+/s, .* left"), (60, shorter), (30, "of 100 done"),
+        ):  # fmt: skip
             script = f'stty cols {columns} <&2; exec "$@" >/dev/null'
             shown = self.on_terminal("sh", "-c", script, "sh", *program(), *job)
             self.assertEqual(json.loads(crowdnode.read_file(path)), strings)
@@ -3317,7 +3295,7 @@ class Run(CrowdTest):
 
     def test_an_input_that_fails_is_named_after_its_attempts(self) -> None:
         process = "print('attempt', self.options['attempts']); return int(self.input)"
-        options = self.with_actions(odd=ECHO.replace("return self.input", process))
+        options = self.with_actions(odd=echo(process))
         for settings, attempts in (([], 3), (["--set", "work_unit_retries=1"], 1)):
             done = self.job(*options, *settings, "--strings", "--run", "odd", *"1x2")
             self.assertEqual((done.returncode, done.stdout), (1, "[1, null, 2]\n"))
@@ -3370,7 +3348,7 @@ class Run(CrowdTest):
         self.assertEqual(found, {"a bb": [1, 2], "ccc": [3], None: [1, 2, 3]})
 
     def test_what_is_odd_about_a_job_is_said(self) -> None:
-        slow = ECHO.replace("return self.input", "print('half', end='')")
+        slow = echo("print('half', end='')")
         slow += "\ntime.sleep(1.2)\n"
         options = self.with_actions(slow=slow, other="import nosuch", bad="import no")
         done = self.job(*options, "--strings", "--run", "slow", "x")
@@ -3403,9 +3381,7 @@ class Run(CrowdTest):
         line = f"file://{gone}: can't download it: No such file or directory (3 tries)"
         self.assertIn(line, done.stderr.splitlines())
 
-    def test_what_an_action_prints_is_all_there_and_its_failure_is_told_once(
-        self,
-    ) -> None:
+    def test_what_an_action_prints_is_shown_and_its_failure_once(self) -> None:
         action = f"""{ECHO}
 import traceback, sub.deep
 """
@@ -3418,10 +3394,8 @@ import traceback, sub.deep
         return sub.deep.fail()"""
         options = self.with_actions(own=action.replace("return self.input", body))
         os.mkdir(place := os.path.join(options[1].partition("=")[2], "sub"))
-        write_file(
-            os.path.join(place, "deep.py"),
-            "def fail():\n    raise ValueError('line 1\\nline 2')\n",
-        )
+        fail = "def fail():\n    raise ValueError('line 1\\nline 2')\n"
+        write_file(os.path.join(place, "deep.py"), fail)
         options += ["--set", "work_unit_retries=1", "--strings"]
         done = self.job(*options, "--run", "own", "x://a b@c")
         shown = done.stderr.splitlines()
@@ -3440,10 +3414,8 @@ import traceback, sub.deep
         ):  # fmt: skip
             write_file(os.path.join(place, name), text)
         os.mkdir(os.path.join(place, b"actions"))
-        write_file(
-            os.path.join(place, b"actions", b"arrow.py"),
-            ECHO.replace("return self.input", "print('\\u2192', self.input)"),
-        )
+        arrow = echo("print('\\u2192', self.input)")
+        write_file(os.path.join(place, b"actions", b"arrow.py"), arrow)
         key, _, value = MARK.partition("=")
         env: dict[Any, Any] = {key: value, "HOME": place, "TMPDIR": place}
         env.update({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "iso-8859-1"})
@@ -3455,13 +3427,13 @@ import traceback, sub.deep
             (["word_count", "a%20b.txt"], b"", b"[3]\n"),
             (["arrow", "--strings", "-"], b"\xe9\n", b"[null]\n"),
         ):
-            options: dict[str, Any] = {"capture_output": True, "cwd": place, "env": env}
-            done = subprocess.run([*command, *job], input=data, **options)
+            options = {"input": data, "cwd": place, "env": env, "text": False}
+            done = run([*command, *job], **options)
             self.assertEqual(done.stdout, wanted, done.stderr)
 
     def test_jobs_at_the_same_time_save_to_different_places(self) -> None:
         process = "open('f', 'w').write(self.input); return self.save('f')"
-        options = self.with_actions(saver=ECHO.replace("return self.input", process))
+        options = self.with_actions(saver=echo(process))
         options += ["--set", f"local_storage_path={self.directory()}", "--strings"]
         options += ["--run", "saver"]
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -3488,32 +3460,28 @@ class RunEnds(CrowdTest):
     def check(self, program: str, env: dict[str, str], prepare: Any = None) -> None:
         key, _, value = MARK.partition("=")
         options: dict[str, Any] = {"env": {**env, key: value}, "close_fds": False}
-        options.update(executable=sys.executable, preexec_fn=prepare)
-        options.update(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        options.update(executable=sys.executable, preexec_fn=prepare, stdin=None)
         path = os.path.join(HERE, "LICENSE")
-        words = b"[%d]\n" % len(crowdnode.read_file(path).split())
-        job = [program, PROGRAM, "--run", "word_count", path]
-        done = subprocess.run(job, **options)
+        words = f"[{len(crowdnode.read_file(path).split())}]\n"
+        done = run([program, PROGRAM, "--run", "word_count", path], **options)
         self.assertEqual((done.returncode, done.stdout), (0, words), done.stderr)
         node = self.prepared()
         node.program = PROGRAM  # 3.13.0 can't import socket with -c in no directory
-        done = subprocess.run([program, *node.command("--daemon")[1:]], **options)
-        self.assertEqual(done.returncode, 0, done.stderr.decode() + node.log())
+        done = run([program, *node.command("--daemon")[1:]], **options)
+        self.assertEqual(done.returncode, 0, done.stderr + node.log())
         self.assertEqual(node.do(unit()), ("succeeded", "x"))
         if HAS_PROC:
             self.assertLess(len(os.listdir(f"/proc/{node.daemon_pid}/fd")), 40)
 
     def test_signals_descriptors_and_a_directory_that_is_gone(self) -> None:
-        self.check(
-            sys.executable, dict(os.environ), ignore_children_and_leave_descriptors
-        )
+        careless = ignore_children_and_leave_descriptors
+        self.check(sys.executable, dict(os.environ), careless)
 
     def test_an_empty_environment_a_bare_name_and_closed_descriptors(self) -> None:
         self.check("python3", {}, lambda: os.closerange(0, 1))
         job = [sys.executable, PROGRAM, "--run", "word_count", "-"]
-        options: dict[str, Any] = {"stderr": subprocess.PIPE, "env": environment()}
-        done = subprocess.run(job, preexec_fn=lambda: os.close(0), **options)
-        self.assertIn(b"needs at least one INPUT", done.stderr)
+        done = run(job, preexec_fn=lambda: os.close(0))
+        self.assertIn("needs at least one INPUT", done.stderr)
 
     def test_a_python_without_ctypes(self) -> None:
         place = self.directory()
@@ -3596,9 +3564,8 @@ class RunEnds(CrowdTest):
         options = self.with_actions(broken=BROKEN)
         options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
         options += ["--fail-fast", "--strings", "--run", "broken"]
-        done = self.fails(
-            self.job(*options, *map(str, range(200))), "0: ValueError: it broke"
-        )
+        done = self.job(*options, *map(str, range(200)))
+        self.fails(done, "0: ValueError: it broke")
         self.assertNotIn("\n199: ", done.stderr)
 
 
@@ -3615,10 +3582,8 @@ class Daemon(CrowdTest):
         shutil.rmtree(node.path("actions"))
         node.write_config()
         os.mkdir(node.path("actions"), 0o700)
-        write_file(
-            node.path("actions", "bad.py"),
-            "import os, time; time.sleep(0.2); os._exit(1)",
-        )
+        bad = "import os, time; time.sleep(0.2); os._exit(1)"
+        write_file(node.path("actions", "bad.py"), bad)
         os.kill(fork_server, signal.SIGKILL)
         self.assertEqual(node.wait(), 0)
         self.assertEqual(node.said("no fork server for 0.1 s: stopping"), 1)
@@ -3680,19 +3645,10 @@ class Daemon(CrowdTest):
             ("ulimit -n 9", 1, "Too many open files"),
             ("exec <&- >&- 2>&-", 0, ""),
         ):
-            command = [
-                "sh",
-                "-c",
-                f'{script}; exec "$@"',
-                "sh",
-                *node.command("--daemon"),
-            ]
-            env = environment()
-            done = self.fails(
-                subprocess.run(command, capture_output=True, text=True, env=env),
-                said,
-                status,
-            )
+            shell = ["sh", "-c", f'{script}; exec "$@"', "sh"]
+            done = run([*shell, *node.command("--daemon")])
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertIn(said, done.stderr)
             self.assertNotIn("Traceback", done.stderr + node.log())
         self.assertEqual(node.do(unit()), ("succeeded", "x"))
 
@@ -3883,9 +3839,7 @@ class Starts(CrowdTest):
             child = int(file.read())
         self.addCleanup(wait_for, lambda: not alive(child), "it is gone")
         self.addCleanup(os.kill, child, signal.SIGKILL)
-        wait_for(
-            lambda: node.status()["uptime_seconds"] > 1, "some ticks of the monitor"
-        )
+        node.go_on(1)
         node.stop()
         self.assertTrue(alive(child))
 
@@ -4227,23 +4181,20 @@ class CommandLine(CrowdTest):
         os.mkdir(os.path.join(real, "actions"))
         write_file(os.path.join(real, "actions", "echo.py"), ECHO)
         command, env = [sys.executable, link, "--check"], environment(HOME=real)
-        options: dict[str, Any] = {"capture_output": True, "text": True, "env": env}
-        shown = subprocess.run(command, cwd="/", **options).stdout
+        shown = run(command, cwd="/", env=env).stdout
         self.assertIn(f"ok: configuration: {path}\n", shown)
         self.assertRegex(shown, r"ok: actions: echo,")
         if os.geteuid() == 0:  # another user's file does not count
             place = self.directory()
             with open(os.path.join(place, "crowdnode.conf"), "w") as file:
                 os.chown(file.fileno(), 12345, -1)
-            shown = subprocess.run(command, cwd=place, **options).stdout
+            shown = run(command, cwd=place, env=env).stdout
             self.assertIn(f"ok: configuration: {path}\n", shown)
 
     def test_the_file_can_be_imported_without_side_effects(self) -> None:
         code = "import crowdnode, threading as t; "
         code += "print(crowdnode.Action, t.active_count())"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE
-        )
+        done = run([sys.executable, "-c", code], cwd=HERE)
         self.assertEqual(done.stdout, "<class 'crowdnode.Action'> 1\n", done.stderr)
 
     def test_check_says_what_is_in_order_and_what_is_not(self) -> None:
@@ -4367,7 +4318,7 @@ class CommandLine(CrowdTest):
             if "full" not in command or os.path.exists("/dev/full"):
                 shell = ["sh", "-c", f"{sys.executable} {PROGRAM} {command}"]
                 env = environment(HOME=self.directory())
-                done = subprocess.run(shell, capture_output=True, text=True, env=env)
+                done = run(shell, env=env)
                 self.assertNotIn("Traceback", done.stderr)
                 self.assertIn(said, done.stderr)
 
@@ -4390,9 +4341,8 @@ class Readme(CrowdTest):
                 write_file(path, "\n".join(lines).partition("python3 crowdnode.py")[0])
                 os.chmod(path, 0o755)
                 examples.append(match[2])
-        lines = (
-            crowdnode.read_file(f"{HERE}/LICENSE").decode().splitlines(keepends=True)
-        )
+        license = crowdnode.read_file(f"{HERE}/LICENSE").decode()
+        lines = license.splitlines(keepends=True)
         wanted = {"longest_line": max(map(len, lines)), "lines": len(lines)}
         self.assertEqual(examples, list(wanted))
         for name, value in wanted.items():
@@ -4409,8 +4359,7 @@ class Readme(CrowdTest):
         path = os.path.join(self.directory(), "crowdnode.service")
         write_file(path, re.sub("(?m)^    ", "", unit) + "\n")
         if shutil.which("systemd-analyze") and os.path.exists("/usr/bin/python3"):
-            command = ["systemd-analyze", "verify", path]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = run(["systemd-analyze", "verify", path])
             self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_the_standard_library_and_a_mac_are_enough(self) -> None:
@@ -4430,7 +4379,7 @@ class Readme(CrowdTest):
     def test_windows_is_refused_in_one_sentence(self) -> None:
         program = f"import os, sys; sys.path.insert(0, {HERE!r}); os.name = 'nt'; "
         command = [sys.executable, "-c", program + "import crowdnode"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run(command)
         sentence = "crowdnode needs Linux or macOS: it forks its workers.\n"
         self.assertEqual((done.returncode, done.stdout, done.stderr), (2, "", sentence))
 
