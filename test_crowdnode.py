@@ -170,23 +170,36 @@ def run_program(*arguments: Any, **options: Any) -> Any:
     return run([*program(), *arguments], **options)
 
 
-@contextlib.contextmanager
-def web_server(answer: Callable[[Any], None]) -> Iterator[str]:
-    """The URL of a web server in which *answer* answers each request, by its
+def serve(answer: Callable[[Any], None], port: int = 0) -> Any:
+    """Start a web server in which *answer* answers each request, by its
     http.server.BaseHTTPRequestHandler."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer(self)
 
-        do_PUT = do_GET
+        do_PUT = do_DELETE = do_GET
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+        block_on_close = False
+        request_queue_size = 100
+
+        def handle_error(self, *_: Any) -> None:
+            pass
+
+    server = Server(("127.0.0.1", port), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    return server
+
+
+@contextlib.contextmanager
+def web_server(answer: Callable[[Any], None]) -> Iterator[str]:
+    """The URL of such a server, meanwhile."""
+    with serve(answer) as server:
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
@@ -309,30 +322,10 @@ class Central:
     def start(self) -> None:
         """Listen, again on the same port."""
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_PUT(handler) -> None:  # noqa: N805
-                self.handle(handler)
-
-            do_DELETE = do_GET = do_PUT
-
-            def log_message(handler, *_: Any) -> None:  # noqa: N805
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-            request_queue_size = 100
-
-            def handle_error(self, *_: Any) -> None:
-                pass
-
         if self.held:
             self.held.close()
-        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server = serve(self.handle, self.port)
         self.port = self.server.server_address[1]
-        threading.Thread(
-            target=self.server.serve_forever, args=[0.02], daemon=True
-        ).start()
 
     def stop(self) -> None:
         """Be away: connections are refused, by nobody else who might get the port."""
@@ -614,6 +607,21 @@ class NodeProcess:
         """Have the node do *unit*; status and output of its report."""
         self.take(unit)
         return self.central.outcome(unit["id"])
+
+    def waiter(self, id: Any = 1, **more: Any) -> dict[str, Any]:
+        """A unit that lasts until let_go()."""
+        return unit(id, "waiter", self.path("go"), **more)
+
+    def let_go(self, id: Any = 1) -> tuple[str, Any]:
+        """Let the units of waiter() end; the outcome of one."""
+        open(self.path("go"), "w").close()
+        return self.central.outcome(id)
+
+    def put_off(self, id: Any) -> None:
+        """Have the node do a unit, the report of which central does not take."""
+        self.central.fail(500, f"/work/{id}")
+        self.take(unit(id))
+        wait_for(lambda: self.central.reports(id), "a report that is put off")
 
     def status(self) -> dict[str, Any]:
         status, _, body = self.get("/status")
@@ -1294,11 +1302,31 @@ a.txt?x=1?y=2=a.txt %2E%2E=-- ..=--
 """
 
 
+SPAWNING = """
+import multiprocessing
+from crowdnode import Action
+
+def double(number):
+    return 2 * number
+
+class Spawning(Action):
+    def process(self):
+        with multiprocessing.get_context(self.input).Pool(1) as pool:
+            return pool.map(double, [1, 2])
+"""
+
+
 class CodeNode(SharedNode):
-    """A node that has the action ``coded``."""
+    """A node that has the action ``coded``, and odd ones."""
 
     options = {
-        "actions": {**ACTIONS, "coded.py": CODE, "shell.sh": SHELL},
+        "actions": {
+            **ACTIONS,
+            "coded.py": CODE,
+            "shell.sh": SHELL,
+            "email.py": ECHO,
+            "spawning.py": SPAWNING,
+        },
         "action coded": "nice = 7",
         "action sleeper": "time_limit = 1",
         "action shell": "stages = split process merge",
@@ -1426,6 +1454,18 @@ class Actions(CodeNode):
         self.assertEqual((status, url), ("succeeded", f"file://{path}/a%20b"))
         self.assertEqual(crowdnode.read_file(crowdnode.local_path(url)), b"saved")
 
+    def test_an_action_with_the_name_of_a_module_of_pythons_hides_nothing(self) -> None:
+        with web_server(answer_as_the_web) as base:  # "urllib.request" needs "email"
+            outcome = self.do(FETCH, f"{base}/packed.txt")
+        wanted = ["packed.txt", "packed", "unpacked text"]
+        self.assertEqual(outcome, ("succeeded", wanted))
+        self.assertEqual(self.outcome("email"), ("succeeded", "x"))
+
+    def test_processes_that_an_action_spawns_find_its_functions(self) -> None:
+        for method in ("spawn", "forkserver"):
+            outcome = self.outcome("spawning", method)
+            self.assertEqual(outcome, ("succeeded", [2, 4]))
+
     def test_a_program_gets_its_input_as_json_and_in_the_environment(self) -> None:
         path = self.shared.path("page one.txt")
         open(path, "w").close()
@@ -1456,18 +1496,6 @@ class Actions(CodeNode):
             self.failed(outcome, reason)
 
 
-SPAWNING = """
-import multiprocessing
-from crowdnode import Action
-
-def double(number):
-    return 2 * number
-
-class Spawning(Action):
-    def process(self):
-        with multiprocessing.get_context(self.input).Pool(1) as pool:
-            return pool.map(double, [1, 2])
-"""
 THREAD = "import threading, time\n"
 THREAD += "threading.Thread(target=time.sleep, args=[99], daemon=True).start()\n"
 IDLE = "from crowdnode import Action\nclass Idle(Action): pass\n"
@@ -1543,20 +1571,6 @@ class Loading(CrowdTest):
         options = {"actions": {"slow.py": slow}, "constants": {"LOAD_DEADLINE": 0.5}}
         sentence = "the actions did not load within 0.5 s"
         self.fails(self.prepared(None, **options).run(), sentence)
-
-    def test_an_action_with_the_name_of_a_module_of_pythons_hides_nothing(self) -> None:
-        node = self.node(actions={"email.py": ECHO, "coded.py": CODE})
-        with web_server(answer_as_the_web) as base:
-            outcome = node.do(coded(1, FETCH, f"{base}/packed.txt"))
-        wanted = ["packed.txt", "packed", "unpacked text"]
-        self.assertEqual(outcome, ("succeeded", wanted))
-        self.assertEqual(node.do(unit(2, "email")), ("succeeded", "x"))
-
-    def test_processes_that_an_action_spawns_find_its_functions(self) -> None:
-        node = self.node(actions={"spawning.py": SPAWNING})
-        for method in ("spawn", "forkserver"):
-            outcome = node.do(unit(method, "spawning", method))
-            self.assertEqual(outcome, ("succeeded", [2, 4]))
 
     def test_signals_that_a_module_or_the_parent_blocks_are_noticed(self) -> None:
         """Without the monitor, which would notice the workers' ends as well."""
@@ -1744,6 +1758,7 @@ class Workers(CodeNode):
 # Fork server
 # ---------------------------------------------------------------------------
 
+CODED = ("coded.py", "timed.py", "limited.py")  # with different limits
 IGNORE_TERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 FORGE = """
 record = f"../../../units/{self.options['work_unit_id']}"
@@ -1758,25 +1773,32 @@ for number in range(50):
 """
 
 
-class Misbehaviour(CrowdTest):
+class Misbehaviour(SharedNode):
     """Actions that do what they should not."""
 
-    def misbehave(self, *deeds: tuple[str, str, Any], **settings: Any) -> None:
+    options = {
+        "actions": {"echo.py": ECHO, **dict.fromkeys(CODED, CODE)},
+        "action timed": "time_limit = 0.2",
+        "action limited": "file_limit = 5\nmemory_limit = 200",
+        "local_storage_path": "storage",
+        "dialect": "seed",
+    }
+
+    def misbehave(self, *deeds: tuple[str, str, Any], action: str = "coded") -> None:
         """Have each code executed, which ends with this status and output; what it has
         left must be gone then, and the next unit must succeed."""
-        actions = {"echo.py": ECHO, "coded.py": CODE}
-        central = self.central(seed=True)
-        node = self.node(central, actions=actions, dialect="seed", **settings)
-        for number, (code, status, output) in enumerate(deeds):
+        node = self.shared
+        for code, status, output in deeds:
             with self.subTest(code):
-                found = node.do(coded(number, code))
+                id = self.new_id()
+                found = node.do(unit(id, action, options={"code": code}))
                 wait_for(lambda: len(our_processes()) == 2, "node and fork server")
                 node.settled()
                 self.assertIn(str(output), str(found[1]))
                 self.assertEqual(found[0], status)
                 wait_for(lambda: not node.work_directories(), "its files are removed")
-                self.assertEqual(node.do(unit(f"well-{number}")), ("succeeded", "x"))
-                self.assertEqual(len(central.reports(number)), 1)
+                self.assertEqual(node.do(unit(self.new_id())), ("succeeded", "x"))
+                self.assertEqual(len(self.shared_central.reports(id)), 1)
 
     def test_processes_that_are_left_are_ended_even_daemons(self) -> None:
         killed = "the worker died: killed by "
@@ -1797,7 +1819,7 @@ class Misbehaviour(CrowdTest):
         self.misbehave(
             (f"{block}time.sleep(600)", "failed", exceeded),
             (f"leave_a_daemon(); {IGNORE_TERM}", "failed", exceeded),
-            **{"action coded": "time_limit = 0.2"},
+            action="timed",
         )
 
     def test_what_is_written_and_kept_is_limited(self) -> None:
@@ -1806,11 +1828,10 @@ class Misbehaviour(CrowdTest):
             ("open('x', 'wb').write(bytes(2**23))", "failed", "File too large"),
             ("held = [bytearray(2**24) for _ in range(99)]", "failed", limited),
             ("result = 'x' * 100_000_000", "failed", limited),
-            **{"action coded": "file_limit = 5\nmemory_limit = 200"},
+            action="limited",
         )
 
     def test_descriptors_files_and_modes_are_an_actions_own_affair(self) -> None:
-        store = os.path.join(self.directory(), "storage")
         open_files = "files = [open(f'file{number}', 'w') for number in range(50)]"
         print_much = "for _ in range(100): os.write(1, b'much ' * 200_000)"
         delete = "shutil.rmtree(os.path.dirname(self.work_directory))"
@@ -1823,9 +1844,8 @@ class Misbehaviour(CrowdTest):
             ("result = 'x' * 30_000_000", "succeeded", "x" * 30_000_000),
             (delete, "succeeded", None),
             (save, "succeeded", None),
-            local_storage_path=store,
         )
-        modes = modes_of(store)
+        modes = modes_of(self.shared.path("storage"))
         self.assertIn("file", map(os.path.basename, modes))
         for path, mode in modes.items():
             self.assertEqual(mode & 0o077, 0, path)
@@ -1837,25 +1857,6 @@ class Misbehaviour(CrowdTest):
             (f"{FORGE_BY_PATH}os._exit(3)", "failed", died),
             (f"{FORGE_BY_DESCRIPTOR}os._exit(3)", "failed", died),
         )
-
-    def test_a_worker_without_open_files_is_not_taken_for_dead(self) -> None:
-        node = self.node(actions={"coded.py": CODE})
-        go, closed = node.path("go"), node.path("closed")
-        code = (
-            f"os.closerange(3, 1000); open({closed!r}, 'w').close()\n"
-            f"while not os.path.exists({go!r}): time.sleep(0.01)\n"
-            "result = 'seen'"
-        )
-        node.take(coded(1, code))
-        wait_for(lambda: os.path.exists(closed), "its record is not locked any more")
-        fork_server = node.fork_server
-        node.kill()
-        os.kill(fork_server, signal.SIGKILL)
-        node.start()
-        node.go_on(0.5)
-        self.assertEqual(node.central.reports(1), [])
-        open(go, "w").close()
-        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
 
 
 # What Python loads first in the node, its fork server and workers.  It has one call of
@@ -2212,14 +2213,13 @@ class Machine(CrowdTest):
         )
         logs = sorted(name for name in os.listdir(node.path("state")) if "log" in name)
         self.assertEqual(logs, ["node.log", "node.log.1", "node.log.2"])
-        node.take(unit("here", "waiter", node.path("go")))  # its files, too
+        node.take(node.waiter("here"))  # its files, too
         modes = modes_of(node.path("state"))
         names = ("node.log.2", "node.pid", "units/here", "units/here.out", "work")
         self.assertLessEqual({node.path("state", name) for name in names}, set(modes))
         for path, mode in modes.items():
             self.assertEqual(mode, 0o700 if os.path.isdir(path) else 0o600, path)
-        open(node.path("go"), "w").close()
-        self.assertEqual(node.central.outcome("here"), ("succeeded", "seen"))
+        self.assertEqual(node.let_go("here"), ("succeeded", "seen"))
 
     def test_a_log_that_cannot_be_rotated_goes_on_and_says_so(self) -> None:
         node = self.prepared(constants={"LOG_SIZE": 2000, "LOGS_KEPT": 1})
@@ -2326,7 +2326,7 @@ class ForkServers(CrowdTest):
         """And their time limits hold, and their deaths are noticed."""
         node = self.node(None, **{"action sleeper": "time_limit = 2"})
         central, old = node.central, node.fork_server
-        going_on = unit(1, "waiter", node.path("go"))
+        going_on = node.waiter()
         pid = node.take(going_on)
         node.take(unit(2, "sleeper", "60"))
         killed = node.take(unit(3, "sleeper", "60"))
@@ -2339,8 +2339,7 @@ class ForkServers(CrowdTest):
         sentence = "the worker died while no fork server watched it"
         self.assertEqual(central.outcome(3), ("failed", sentence))
         self.assertEqual(central.outcome(2), ("failed", "time_limit of 2 s exceeded"))
-        open(node.path("go"), "w").close()
-        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.let_go(), ("succeeded", "seen"))
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
         self.assertEqual(node.status()["fork_server"]["restarts"], 1)
 
@@ -2413,6 +2412,25 @@ class ForkServers(CrowdTest):
         self.assertEqual(node.do(unit(3)), ("succeeded", "x"))
         self.assertEqual(len(central.reports(1)), 1)
 
+    def test_a_worker_without_open_files_is_not_taken_for_dead(self) -> None:
+        node = self.node(actions={"coded.py": CODE})
+        go, closed = node.path("go"), node.path("closed")
+        code = (
+            f"os.closerange(3, 1000); open({closed!r}, 'w').close()\n"
+            f"while not os.path.exists({go!r}): time.sleep(0.01)\n"
+            "result = 'seen'"
+        )
+        node.take(coded(1, code))
+        wait_for(lambda: os.path.exists(closed), "its record is not locked any more")
+        fork_server = node.fork_server
+        node.kill()
+        os.kill(fork_server, signal.SIGKILL)
+        node.start()
+        node.go_on(0.5)
+        self.assertEqual(node.central.reports(1), [])
+        open(go, "w").close()
+        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+
     def test_a_child_with_the_lock_of_a_dead_orphan_keeps_nothing_alive(self) -> None:
         forks = echo("os.fork(); time.sleep(60)")
         node = self.node(actions={"forks.py": forks.replace("Echo", "Forks")})
@@ -2431,7 +2449,7 @@ class ForkServers(CrowdTest):
         node = self.node(None, **{"action waiter": "time_limit = 600"})
         central, fork_server = node.central, node.fork_server
         node.write_config(port=node.port)
-        going_on = unit(1, "waiter", node.path("go"))
+        going_on = node.waiter()
         running = node.take(going_on)
         central.stop()
         node.take(unit(2))
@@ -2444,8 +2462,7 @@ class ForkServers(CrowdTest):
         node.start()
         self.assertEqual(central.outcome(2), ("succeeded", "x"))
         self.assertEqual(node.take(going_on), running, "the node has that one")
-        open(node.path("go"), "w").close()
-        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.let_go(), ("succeeded", "seen"))
         wait_for(lambda: not alive(fork_server), "it ends with its last worker")
         self.assertEqual(len(central.told("DELETE", "/node")), 1, "at the first start")
         self.assertEqual([len(central.reports(id)) for id in (1, 2)], [1, 1])
@@ -2590,16 +2607,15 @@ class Reports(CrowdTest):
     def test_a_late_report_of_one_attempt_leaves_the_next_alone(self) -> None:
         node = self.node(constants=FAST)
         central = node.central
+        node.put_off(1)
         central.fail(500, "/work/")
-        node.take(unit(1))
-        wait_for(lambda: central.reports(1), "a report that is put off")
-        pid = node.take(unit(1, "waiter", node.path("go"), attempts=1))
+        pid = node.take(node.waiter(attempts=1))
         node.take(unit(2))
         wait_for(lambda: len(central.reports(2)) == 3, "later ones are tried again")
         self.assertNotIn(b"failed", node.record(1))
         self.assertEqual(len(central.reports(1)), 1)
         central.recover()
-        open(node.path("go"), "w").close()
+        node.let_go()
         wait_for(lambda: len(central.reports(1)) == 2, "the second attempt's")
         self.assertEqual(central.reports(1)[1]["output"], '{"output":"seen"}')
         self.assertEqual(central.reports(1)[1]["pid"], str(pid))
@@ -2641,9 +2657,7 @@ class Reports(CrowdTest):
     def test_outcomes_wait_on_disk_while_central_is_away(self) -> None:
         node = self.node(constants={"RETRY_WAIT": 0.1, "RETRY_WAIT_LIMIT": 30})
         central = node.central
-        central.fail(500, "/work/had")
-        node.take(unit("had"))
-        wait_for(lambda: central.reports("had"), "a report that is put off")
+        node.put_off("had")
         central.stop()
         for id in range(20):
             node.take(unit(id))
@@ -2858,7 +2872,7 @@ class Holds(CrowdTest):
         wait_for(lambda: not our_processes(), "no worker lives")
         node.start()
         self.assertEqual(node.units(), [])
-        node.take(unit(1, "waiter", node.path("go")))
+        node.take(node.waiter())
         kill_after(unit(2), unit(3, "broken"))
         central.listed = lambda: stuck(central, 2, 3, 4)
         node.constants["STATUS_INTERVAL"] = 0.1
@@ -2866,8 +2880,7 @@ class Holds(CrowdTest):
         for id in (2, 3):
             wait_for(lambda: len(central.reports(id)) == 2, "it is reported again")
             self.assertEqual(central.reports(id)[0], central.reports(id)[1])
-        open(node.path("go"), "w").close()
-        central.outcome(1)
+        node.let_go()
         node.settled()
         self.assertEqual([len(central.reports(id)) for id in (2, 3, 4)], [2, 2, 1])
         self.assertEqual(len(central.told("DELETE", "/node")), 2, "once a worker lived")
@@ -3749,7 +3762,7 @@ class Starts(CrowdTest):
 
     def test_a_worker_goes_on_while_nodes_start_and_stop(self) -> None:
         node = self.node(port=free_port())
-        long = unit(1, "waiter", node.path("go"))
+        long = node.waiter()
         pid = node.take(long)
         node.kill()
         loading = add_slow_action(node)
@@ -3764,8 +3777,7 @@ class Starts(CrowdTest):
         os.unlink(loading)
         node.start()
         self.assertEqual(node.take(long), pid)
-        open(long["input"], "w").close()
-        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.let_go(), ("succeeded", "seen"))
         self.assertEqual(node.central.told("DELETE", "/node/"), [], "nothing was lost")
         self.assertEqual(len(node.central.reports(1)), 1)
 
@@ -3789,15 +3801,13 @@ class Starts(CrowdTest):
     def test_a_stop_waits_for_units_and_a_second_signal_does_not(self) -> None:
         central = self.central()
         node = self.node(central, drain_time=30)
-        go = node.path("go")
-        node.take(unit(1, "waiter", go))
+        node.take(node.waiter())
         os.kill(node.pid, signal.SIGTERM)
         wait_for(lambda: node.said("1 units are running"), "it waits")
         for _ in range(2):  # the log is rotated, which does not hurry it
             os.kill(node.pid, signal.SIGHUP)
         self.assertEqual(node.post(unit(3))[0], 503)
-        open(go, "w").close()
-        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.let_go(), ("succeeded", "seen"))
         self.assertEqual(node.wait(), 0)
         self.assertEqual(central.calls[-1][0], "DELETE")
         node.start()
@@ -3813,9 +3823,7 @@ class Starts(CrowdTest):
         old, new = self.central(), self.central()
         self.addCleanup(old.stop)
         node = self.node(old, port=free_port(), constants=FAST)
-        old.fail(500, "/work/")
-        node.take(unit(2))
-        wait_for(lambda: old.reports(2), "a report that fails")
+        node.put_off(2)
         node.kill()
         old.stop()
         node.write_config(central_server=new.url)
@@ -3858,9 +3866,7 @@ class Starts(CrowdTest):
         out = ("DELETE", "/node/")
         self.assertEqual(calls[2:], [out, out, ("PUT", "/node/")])
         self.assertEqual(central.reports(1), [], "it was not the unit that failed")
-        central.fail(500, "/work/")
-        node.take(unit(2))
-        wait_for(lambda: central.reports(2), "a report that fails")
+        node.put_off(2)
         node.stop()
         central.recover()
         del central.calls[:]
@@ -3893,7 +3899,7 @@ class Reloads(CrowdTest):
     def test_a_reload_disturbs_nothing_that_runs(self) -> None:
         central = self.central()
         node = self.daemon(central=central, dialect="auto")  # found at the second try
-        long = unit(1, "waiter", node.path("go"))
+        long = node.waiter()
         pid = node.take(long)
         log = node.path("state", "node.log")
         os.rename(log, log + ".moved")
@@ -3907,8 +3913,7 @@ class Reloads(CrowdTest):
         self.assertEqual(node.do(unit(2, "fresh")), ("succeeded", "x"))
         self.assertEqual(node.take(long), pid)
         self.assertTrue(node.said("reloaded; changed"), "the log was opened again")
-        open(long["input"], "w").close()
-        self.assertEqual(central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.let_go(), ("succeeded", "seen"))
         self.assertEqual(central.reports(1)[0]["pid"], str(pid))
         wait_for(lambda: len(our_processes()) == 2, "the old fork server has gone")
 
@@ -3986,7 +3991,7 @@ class Reloads(CrowdTest):
         node = self.installed()
         self.assertEqual(node.run("--daemon", "--set", "max_workers=3").returncode, 0)
         before, old = node.status(), node.fork_server
-        long = unit(1, "waiter", node.path("go"))
+        long = node.waiter()
         pid = node.take(long)
         del node.central.calls[:]
         with socket.create_connection(("127.0.0.1", node.port)) as half:
@@ -4006,8 +4011,7 @@ class Reloads(CrowdTest):
         self.assertEqual(kept, [before["pid"], before["port"], 3])
         self.assertNotEqual(after["fork_server"]["pid"], old)
         self.assertEqual(node.take(long), pid)
-        open(long["input"], "w").close()
-        self.assertEqual(node.central.outcome(1), ("succeeded", "seen"))
+        self.assertEqual(node.let_go(), ("succeeded", "seen"))
         self.assertEqual(node.central.told("DELETE", "/node/"), [])
         wait_for(lambda: not has_zombie(before["pid"]), "no zombie")
         node.run("--stop")
