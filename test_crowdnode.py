@@ -166,6 +166,16 @@ def run(command: list[Any], **options: Any) -> Any:
     return subprocess.run(command, **{**usual, "env": environment(), **options})
 
 
+@contextlib.contextmanager
+def started(command: list[Any], **options: Any) -> Iterator[Any]:
+    """A process; killed at the end, so that no test that fails waits for it."""
+    with subprocess.Popen(command, **{"env": environment(), **options}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def run_program(*arguments: Any, **options: Any) -> Any:
     return run([*program(), *arguments], **options)
 
@@ -321,7 +331,6 @@ class Central:
 
     def start(self) -> None:
         """Listen, again on the same port."""
-
         if self.held:
             self.held.close()
         self.server = serve(self.handle, self.port)
@@ -405,28 +414,20 @@ class Central:
 
     def told(self, method: str, prefix: str) -> list[Fields]:
         """The fields of all calls of that kind."""
-        return [
-            fields
-            for verb, path, fields in list(self.calls)
-            if verb == method and path.startswith(prefix)
-        ]
+        calls = [call for call in list(self.calls) if call[0] == method]
+        return [fields for _, path, fields in calls if path.startswith(prefix)]
 
     def check_ins(self) -> list[Fields]:
         return self.told("PUT", "/node/")
 
     def reports(self, unit_id: Any) -> list[Fields]:
-        return [
-            fields
-            for method, path, fields in list(self.calls)
-            if (method, path) == ("PUT", f"/work/{unit_id}")
-        ]
+        place = ("PUT", f"/work/{unit_id}")
+        return [call[2] for call in list(self.calls) if call[:2] == place]
 
-    def outcome(self, unit_id: Any, seconds: float = DEADLINE) -> tuple[str, Any]:
+    def outcome(self, unit_id: Any) -> tuple[str, Any]:
         """Wait for a unit's report: status and output."""
-        reports = wait_for(
-            lambda: self.reports(unit_id), f"a report of unit {unit_id}", seconds
-        )
-        return reports[0]["status"], json.loads(reports[0]["output"])["output"]
+        report = wait_for(lambda: self.reports(unit_id), f"a report of {unit_id}")[0]
+        return report["status"], json.loads(report["output"])["output"]
 
 
 class NodeProcess:
@@ -501,22 +502,14 @@ class NodeProcess:
         return [self.python, *start, *config, *arguments]
 
     def start(self, wait: bool = True) -> NodeProcess:
-        before = self.said("has checked in with")
+        line = "has checked in with"
+        before, env = self.said(line), environment(**self.env)
+        options: Any = {"cwd": self.directory, "env": env, "start_new_session": True}
         with open(self.path("log"), "ab") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment(**self.env),
-                cwd=self.directory,
-                start_new_session=True,
-            )
+            options.update(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command(), **options)
         if wait:
-            wait_for(
-                lambda: self.said("has checked in with") > before or self.ended(),
-                "a start",
-            )
+            wait_for(lambda: self.said(line) > before or self.ended(), "a start")
             if self.ended():
                 raise AssertionError(f"the node did not start:\n{self.log()}")
         return self
@@ -807,13 +800,8 @@ class CrowdTest(unittest.TestCase):
     def on_terminal(self, *command: str, **env: str) -> str:
         """What *command* writes to a terminal."""
         master, terminal = pty.openpty()
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=terminal,
-            stderr=terminal,
-            env=environment(**env),
-        ) as process, ended_at_last(process):
+        options: Any = {"stdin": subprocess.DEVNULL, "env": environment(**env)}
+        with started([*command], stdout=terminal, stderr=terminal, **options):
             os.close(terminal)
             return read_terminal(master)
 
@@ -848,13 +836,10 @@ class CrowdTest(unittest.TestCase):
     @contextlib.contextmanager
     def started_job(self, *arguments: str) -> Iterator[Any]:
         """A job of --run of which a worker runs, and its TMPDIR."""
-        directory = self.directory()
-        with subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(TMPDIR=directory),
-        ) as process, ended_at_last(process):
+        directory, command = self.directory(), [sys.executable, PROGRAM, *arguments]
+        options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        options["env"] = environment(TMPDIR=directory)
+        with started(command, **options) as process:
             wait_for(a_worker_runs, "a worker runs")
             yield process, directory
 
@@ -889,15 +874,6 @@ class CrowdTest(unittest.TestCase):
         if result is not None:
             check_leftovers(self, result)
         return outcome
-
-
-@contextlib.contextmanager
-def ended_at_last(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Kill *process* at the end, so that no failure of a test waits for it."""
-    try:
-        yield
-    finally:
-        process.kill()
 
 
 def read_terminal(master: int) -> str:
@@ -2665,7 +2641,7 @@ class Reports(CrowdTest):
         wait_for(lambda: len(our_processes()) == 2, "no process waits")
         central.start()
         for id in range(20):  # the first success queues those that wait
-            central.outcome(id, 5)
+            central.outcome(id)
             self.assertEqual(len(central.reports(id)), 1)
         self.assertEqual(len(central.reports("had")), 1, "central had that one")
 
@@ -3509,26 +3485,25 @@ class RunEnds(CrowdTest):
 
     def test_ctrl_c_ends_everything_within_two_seconds(self) -> None:
         ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+        began = time.monotonic()
+        run_program("--version")
+        most = 2 + time.monotonic() - began  # a start takes long on a busy machine
         for more in ("", ignore):
             with self.subTest(more), self.sleeping("60", more=more) as (job, directory):
                 began = time.monotonic()
                 for _ in range(3):  # people press it more than once
                     job.send_signal(signal.SIGINT)
                 self.assertEqual(job.wait(DEADLINE), 130)
-                self.assertLess(time.monotonic() - began, 2)
+                self.assertLess(time.monotonic() - began, most)
                 self.assertEqual((our_processes(), os.listdir(directory)), ([], []))
 
     def test_what_keeps_a_job_from_going_on_is_said_after_two_seconds(self) -> None:
         command = [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"]
         limit = (resource.RLIMIT_FSIZE, (400, 400))  # as a disk that is full
-        with subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            env=environment(TMPDIR=self.directory()),
-            cwd=HERE,
-            preexec_fn=lambda: resource.setrlimit(*limit),
-        ) as job, ended_at_last(job):
-            assert job.stderr
+        options: Any = {"stderr": subprocess.PIPE, "cwd": HERE}
+        options["env"] = environment(TMPDIR=self.directory())
+        options["preexec_fn"] = lambda: resource.setrlimit(*limit)
+        with started(command, **options) as job:
             lines = iter(job.stderr.readline, b"")
             self.assertTrue(any(b"File too large" in line for line in lines))
             job.send_signal(signal.SIGINT)
@@ -3695,6 +3670,7 @@ class Starts(CrowdTest):
             ({"port": other.port}, f"can't listen on 127.0.0.1 port {other.port}: "),
             ({"temp_storage_path": work}, f"another node uses {work}"),
             ({"state_path": "open/to/all"}, "others can write to "),
+            ({"temp_storage_path": "open/to/all"}, "others can write to "),
         ):
             node = self.prepared(central, **options)
             os.mkdir(node.path("open"))
