@@ -43,13 +43,14 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, NoReturn, Optional
 
 import crowdnode
 
@@ -442,10 +443,9 @@ class NodeProcess:
         actions: dict[str, str] | None = None,
         constants: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
-        directory: str = "",
         **settings: Any,
     ) -> None:
-        self.directory = directory or tempfile.mkdtemp(prefix="crowdnode-test-")
+        self.directory = tempfile.mkdtemp(prefix="crowdnode-test-")
         self.central = central
         self.env = env or {}
         self.constants: dict[str, Any] = {
@@ -707,9 +707,9 @@ class Echo(Action):
 """
 
 
-def echo(code: str, top: str = "") -> str:
-    """The module of ECHO with other code in process(), and at the top."""
-    return top + ECHO.replace("return self.input", code)
+def echo(code: str) -> str:
+    """The module of ECHO with other code in process()."""
+    return ECHO.replace("return self.input", code)
 
 
 SLEEPER = """
@@ -3354,14 +3354,8 @@ class Run(CrowdTest):
             self.assertNotIn("nosuch", done.stderr)
         merge = PIECES.replace("return self.input\n\n", "").rstrip() + "[0] / 0\n"
         failing = merge.replace("        return len(self.input)", "        return 1")
-        job = [
-            *self.with_actions(pieces=failing),
-            "--strings",
-            "--run",
-            "pieces",
-            "a b",
-        ]
-        done = self.job(*job)
+        options = self.with_actions(pieces=failing)
+        done = self.job(*options, "--strings", "--run", "pieces", "a b")
         self.assertIn("merge: ZeroDivisionError: division by zero (3 ", done.stderr)
         self.assertIn("2 of 2 done, 1 failed", done.stderr)
         gone = os.path.join(self.directory(), "gone.txt")
@@ -3371,9 +3365,6 @@ class Run(CrowdTest):
         self.assertIn(line, done.stderr.splitlines())
 
     def test_what_an_action_prints_is_shown_and_its_failure_once(self) -> None:
-        action = f"""{ECHO}
-import traceback, sub.deep
-"""
         body = """print("working...", end="", flush=True)
         try:
             1 / 0
@@ -3381,7 +3372,8 @@ import traceback, sub.deep
             traceback.print_exc()
         print("important", flush=True)
         return sub.deep.fail()"""
-        options = self.with_actions(own=action.replace("return self.input", body))
+        own = f"{echo(body)}\nimport traceback, sub.deep\n"
+        options = self.with_actions(own=own)
         os.mkdir(place := os.path.join(options[1].partition("=")[2], "sub"))
         fail = "def fail():\n    raise ValueError('line 1\\nline 2')\n"
         write_file(os.path.join(place, "deep.py"), fail)
@@ -4180,7 +4172,10 @@ class CommandLine(CrowdTest):
     def test_check_says_what_is_in_order_and_what_is_not(self) -> None:
         central = self.central()
         node = self.prepared(central)
+        node.program = shutil.copy(PROGRAM, node.directory)
+        os.chmod(node.program, 0o644)  # whatever the umask of the checkout was
         done = node.run("--check")
+        node.program = ""
         levels = {line.partition(":")[0] for line in done.stdout.splitlines()}
         self.assertEqual((done.returncode, levels), (0, {"ok"}), done.stdout)
         program = write_script(node.directory, "gs", "true")
@@ -4379,16 +4374,20 @@ def run_named(names: list[str]) -> int:
     return 0 if result.wasSuccessful() and result.testsRun else 1
 
 
-def run_class(cls: type) -> tuple[str, list[int]]:
-    """Run a class of tests in a process of its own: what it printed, and the counts."""
-    command = [sys.executable, "-m", "test_crowdnode", cls.__name__]
-    output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    run = subprocess.run(command, cwd=HERE, **output)
-    text = run.stdout.decode("utf-8", "replace").rstrip()
-    found = re.findall(r"(\d+) (?:passed|failed|skipped)", text)[-3:]
-    counts = [int(count) for count in found] or [0, 1, 0]
-    counts[1] = counts[1] or int(run.returncode != 0)
-    return text, counts
+def run_class(cls: type, output: Any) -> NoReturn:
+    """Run a class of tests in this process, a child, and exit; print to *output*."""
+    global MARK
+    MARK = f"CROWDNODE_TEST={os.getpid()}"
+    status = 1
+    try:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+        status = run_named([cls.__name__])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def run_all() -> int:
@@ -4397,13 +4396,25 @@ def run_all() -> int:
     names = unittest.defaultTestLoader.getTestCaseNames
     found = [value for value in globals().values() if isinstance(value, type)]
     classes = [cls for cls in found if issubclass(cls, CrowdTest) and names(cls)]
-    # Those that take long first.
-    classes.sort(key=lambda cls: (cls.__name__ not in long, -len(names(cls))))
+    # Those that take long come first, from the end.
+    classes.sort(key=lambda cls: (cls.__name__ in long, len(names(cls))))
+    running: dict[int, Any] = {}  # the outputs, by pid
     total = [0, 0, 0]
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        for text, counts in pool.map(run_class, classes):
-            print(text, flush=True)
-            total = [sum(pair) for pair in zip(total, counts)]
+    while classes or running:
+        while classes and len(running) < AT_ONCE:
+            cls, output = classes.pop(), tempfile.TemporaryFile()  # noqa: SIM115
+            pid = os.fork()  # this process has one thread, and has imported it all
+            if pid == 0:
+                run_class(cls, output)
+            running[pid] = output
+        pid, status = os.wait()
+        with running.pop(pid) as file:
+            file.seek(0)
+            text = file.read().decode("utf-8", "replace").rstrip()
+        print(text, flush=True)
+        counts = re.findall(r"(\d+) (?:passed|failed|skipped)", text)[-3:] or [0, 1, 0]
+        total = [sum(map(int, pair)) for pair in zip(total, counts)]
+        total[1] += int(status != 0 and counts[1] == "0")
     print("{} passed, {} failed, {} skipped".format(*total))
     return 0 if total[0] and not total[1] else 1
 
