@@ -161,7 +161,8 @@ def program(**constants: Any) -> list[str]:
 
 def run(command: list[Any], **options: Any) -> Any:
     """Run a command to its end."""
-    usual = {"capture_output": True, "text": True, "timeout": DEADLINE}
+    usual: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    usual["timeout"] = DEADLINE
     if "input" not in options:
         usual["stdin"] = subprocess.DEVNULL
     return subprocess.run(command, **{**usual, "env": environment(), **options})
@@ -1475,24 +1476,24 @@ class Actions(CodeNode):
 THREAD = "import threading, time\n"
 THREAD += "threading.Thread(target=time.sleep, args=[99], daemon=True).start()\n"
 IDLE = "from crowdnode import Action\nclass Idle(Action): pass\n"
-NONE = "ImportError: it must define one subclass of Action"
+NONE = "it must define one subclass of Action; it defines"
 LEFT_OUT = {  # actions, each with the reason
     "syntax.py": ("def x(:", "SyntaxError: "),
     "missing.py": ("import nosuch", "ModuleNotFoundError: No module named 'nosuch"),
     "none.py": ("x = 1", NONE),
     "two.py": (ECHO + "class Other(Action):\n    def process(self): pass\n", NONE),
-    "idle.py": (IDLE, "ImportError: its class Idle must define process"),
+    "idle.py": (IDLE, "its class Idle must define process"),
     "leaves.py": ("exit(3)", "SystemExit: 3 (leaves.py, line 1, in <module>)"),
     "twice.sh": ("#!/bin/sh\necho from shell", ""),
     "bad-name.py": (ECHO, "its name must be letters"),
     "given.py": (ECHO.replace("(self)", "(self, input)"),
-                 "ImportError: process(self, input) must be process(self): the"),
+                 "process(self, input) must be process(self): the"),
     "selfless.py": (ECHO.replace("(self)", "()"),
-                    "ImportError: process() must be process(self)"),
+                    "process() must be process(self)"),
     "bare.sh": ("echo no first line", "it needs a first line such as #!/bin/sh"),
     "lost.sh": ("#!/no/such/program -x\n", "its interpreter /no/such/program does not"),
     "windows.sh": ("#!/bin/sh\r\necho\r\n",
-                   "its first line asks for '/bin/sh\\r', as Windows ends it: sed -i"),
+                   "its first line, '/bin/sh\\r', ends as Windows writes it: sed -i"),
 }  # fmt: skip
 
 
@@ -1786,6 +1787,7 @@ class Misbehaviour(SharedNode):
             ("leave_a_daemon(); os.abort()", "failed", f"{killed}SIGABRT"),
             (thread, "succeeded", None),
             ("os.killpg(0, signal.SIGKILL)", "failed", f"{killed}SIGKILL"),
+            ("if os.fork() == 0: raise ValueError", "succeeded", None),
             ("fork_without_end()", "succeeded", None),
         )
 
@@ -2072,13 +2074,9 @@ class Machine(CrowdTest):
                 self.assertEqual(config.host, "10.0.0.1")
 
     def test_a_host_name_that_central_can_not_dial_is_warned_of(self) -> None:
-        alone = "is this machine alone (127.0.0.1), but central is elsewhere"
-        warnings = {
-            "127.0.0.1": alone,
-            "a..b": "does not resolve here",
-            "192.0.2.2": "",
-        }
-        for host, warning in warnings.items():
+        alone = "is a loopback address, but central is elsewhere"
+        warnings = [("127.0.0.1", alone), ("a..b", "does not resolve here")]
+        for host, warning in (*warnings, ("192.0.2.2", "")):
             settings = [("central_server", "http://192.0.2.1"), ("host", host)]
             found = crowdnode.host_warnings(crowdnode.load_config("", settings))
             self.assertEqual(
@@ -3104,8 +3102,8 @@ BAD_REQUESTS: list[tuple[bytes, int, str]] = [
     (work_request(unit(), "Sec-Fetch-Site: same-origin\r\n"), 403, "A web page"),
     (b"HELLO\r\n\r\n", 400, "is not METHOD PATH HTTP"),
     (raw(b"GET /", b"no colon\r\n"), 400, "A header is not NAME: VALUE"),
-    (raw(b"GET /", (b"a: %s\r\n" % (b"x" * 60000)) * 99), 431, "over 65536 bytes"),
-    (raw(b"GET /" + b"x" * 70000), 414, "over 65536 bytes"),
+    (raw(b"GET /", (b"a: %s\r\n" % (b"x" * 60000)) * 99), 431, "exceeds 65536 bytes"),
+    (raw(b"GET /" + b"x" * 70000), 414, "exceeds 65536 bytes"),
     (raw(b"POST /work"), 411, "Content-Length"),
     (raw(b"POST /work", b"Transfer-Encoding: chunked\r\n"), 411, "Content-Length"),
     (raw(b"POST /work", b"Content-Length: -1\r\n"), 400, "Content-Length"),
@@ -3114,8 +3112,8 @@ BAD_REQUESTS: list[tuple[bytes, int, str]] = [
     (raw(b"GET http://[x/"), 400, "can't be read"),
     (raw(b"GET /nowhere"), 404, "Not Found"),
     *((raw(verb + b" /work"), 405, "POST") for verb in (b"GET", b"DELETE", b"OPTIONS")),
-    (post(b"_method=NONSENSE", b"/heartbeat"), 405, "/heartbeat takes GET, HEAD alone"),
-    (post(b"_method=GET&work_unit=%7B%7D"), 405, "/work takes POST alone"),
+    (post(b"_method=NONSENSE", b"/heartbeat"), 405, "/heartbeat accepts only GET, "),
+    (post(b"_method=GET&work_unit=%7B%7D"), 405, "/work accepts only POST"),
 ]
 HEARTBEATS = [
     raw(b"GET /heartbeat"),
@@ -3508,6 +3506,32 @@ class RunEnds(CrowdTest):
             output, errors = job.communicate(timeout=DEADLINE)
         self.assertEqual(json.loads(output), ["slept"] * 4, errors.decode())
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_job_without_standard_error_goes_on(self) -> None:
+        job = [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"]
+        with open("/dev/full", "w") as full:
+            env = environment(TMPDIR=self.directory())
+            done = run(job, stderr=full, env=env, cwd=HERE)
+        self.assertEqual((done.returncode, done.stdout[:1]), (0, "["))
+
+    def test_ctrl_c_at_the_beginning_leaves_nothing(self) -> None:
+        home, null = self.directory(), subprocess.DEVNULL
+        command = [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"]
+        options: Any = {"stdout": null, "stderr": null, "cwd": HERE}
+        for _ in range(4):
+            with started(command, env=environment(TMPDIR=home), **options) as job:
+                while not os.listdir(home) and job.poll() is None:
+                    pass
+                job.send_signal(signal.SIGINT)
+                self.assertEqual(job.wait(DEADLINE), 130)
+            self.assertEqual(os.listdir(home), [])
+
+    def test_names_are_shown_as_one_line(self) -> None:
+        name = "two\nlines\033[31m" + 500 * "x"
+        options = self.with_actions(broken=BROKEN)
+        done = self.job(*options, "--strings", "--run", "broken", name)
+        self.assertRegex(done.stderr, r"(?m)^two lines\?\[31mx{200,300}\.\.\.: Value")
+
     def test_nobody_else_can_hand_in_results(self) -> None:
         with self.sleeping("60") as (job, directory):
             (path,) = glob.glob(f"{directory}/*/node.pid")
@@ -3528,10 +3552,10 @@ class RunEnds(CrowdTest):
         for path, wanted, sentence in (
             (link, (0, ""), ""),
             (place, (2, ""), "is not the path of a file"),
-            (f"{place}/no/such", (2, ""), "there is no writable directory"),
+            (f"{place}/no/such", (2, ""), "is not a writable directory"),
             ("", (2, ""), "is not the path of a file"),
             ("/dev/stdout", (0, "["), ""),
-            ("/dev/full", (1, "["), "No space left on device; so the outputs are"),
+            ("/dev/full", (1, "["), "No space left on device; wrote the outputs"),
         ):
             if path != "/dev/full" or os.path.exists(path):
                 done = self.job(*job, path)
@@ -3542,11 +3566,11 @@ class RunEnds(CrowdTest):
 
     def test_fail_fast_stops_where_an_input_has_failed(self) -> None:
         options = self.with_actions(broken=BROKEN)
-        options += ["--set", "work_unit_retries=1", "--set", "max_workers=1"]
+        options += ["--set", "work_unit_retries=3", "--set", "max_workers=1"]
         options += ["--fail-fast", "--strings", "--run", "broken"]
         done = self.job(*options, *map(str, range(200)))
         self.fails(done, "0: ValueError: it broke")
-        self.assertNotIn("\n199: ", done.stderr)
+        self.assertNotIn("\n20: ", done.stderr)
 
 
 # ---------------------------------------------------------------------------
@@ -3555,9 +3579,49 @@ class RunEnds(CrowdTest):
 
 
 class Daemon(CrowdTest):
-    def test_a_node_without_a_fork_server_for_long_gives_up(self) -> None:
-        constants = {"FORK_SERVER_PATIENCE": 0.1, "RETRY_WAIT": 0.1}
-        node = self.node(constants=constants)
+    def test_a_node_that_started_on_a_full_disk_is_found(self) -> None:
+        node = self.prepared(port=free_port(), constants={"MONITOR_INTERVAL": 60})
+        limits = (0, resource.RLIM_INFINITY)  # as a disk that is full
+        options = {
+            "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        }
+        done = run(node.command("--daemon"), stderr=subprocess.DEVNULL, **options)
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual(crowdnode.read_file(node.path("state", "node.pid")), b"")
+        self.succeeds(node.run("--daemon"))
+        document = json.loads(node.run("--status", "--json").stdout)
+        self.assertIn(": this node runs", node.run("--check").stdout)
+        self.assertIn("process 0 is not the node", node.run("--stop").stderr)
+        os.kill(document["pid"], signal.SIGTERM)
+        wait_for(lambda: not our_processes(), "its end")
+
+    def test_another_program_on_the_port_can_not_hold_a_command_up(self) -> None:
+        is_over = threading.Event()
+        self.addCleanup(is_over.set)
+
+        def answer_without_end(handler: Any) -> None:
+            handler.send_response_only(200)
+            handler.end_headers()
+            while not is_over.wait(0.1):
+                handler.wfile.write(b": still here\n")
+
+        with web_server(answer_without_end) as url:
+            node = self.prepared(port=int(url.rpartition(":")[2]))
+            done = node.run("--daemon")
+            self.assertIn("another program has it: choose another", done.stderr)
+            self.assertEqual(node.run("--status").returncode, 3)
+
+    def test_a_node_that_is_not_ready_for_long_gives_up(self) -> None:
+        constants = {"READY_PATIENCE": 1, "RETRY_WAIT": 0.1}
+        node = self.prepared(constants=constants)
+        is_asked = threading.Event()
+        node.central.answer = lambda *call: is_asked.wait(DEADLINE) and None
+        done = node.run("--daemon")
+        is_asked.set()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("not ready for 1 s", done.stderr + node.log())
+        node.central.answer = lambda *call: None
+        node.start()
         fork_server = node.fork_server
         shutil.rmtree(node.path("actions"))
         node.write_config()
@@ -3565,8 +3629,8 @@ class Daemon(CrowdTest):
         bad = "import os, time; time.sleep(0.2); os._exit(1)"
         write_file(node.path("actions", "bad.py"), bad)
         os.kill(fork_server, signal.SIGKILL)
-        self.assertEqual(node.wait(), 0)
-        self.assertEqual(node.said("no fork server for 0.1 s: stopping"), 1)
+        self.assertEqual(node.wait(), 1)
+        self.assertEqual(node.said("not ready for 1 s: stopping"), 2)
 
     def test_eight_starts_at_once_start_one_which_is_replaced_when_silent(self) -> None:
         node = self.prepared()
@@ -3701,7 +3765,7 @@ class Starts(CrowdTest):
         wait_for(lambda: pids, "both are taken")
         self.assertEqual(central.reports(7)[0]["pid"], str(pids[0]))
         os.kill(node.pid, signal.SIGTERM)
-        wait_for(lambda: node.said("stopping; 1 units are running"), "it drains")
+        wait_for(lambda: node.said("stopping; units running: 1"), "it drains")
         node.kill(signal.SIGTERM)
         self.assertFalse(alive(pids[1]))
         self.assertEqual(central.calls[-1][0], "DELETE")
@@ -3771,7 +3835,7 @@ class Starts(CrowdTest):
         node = self.node(central, drain_time=30)
         node.take(node.waiter())
         os.kill(node.pid, signal.SIGTERM)
-        wait_for(lambda: node.said("1 units are running"), "it waits")
+        wait_for(lambda: node.said("units running: 1"), "it waits")
         for _ in range(2):  # the log is rotated, which does not hurry it
             os.kill(node.pid, signal.SIGHUP)
         self.assertEqual(node.post(unit(3))[0], 503)
@@ -3781,7 +3845,7 @@ class Starts(CrowdTest):
         node.start()
         pid = node.take(unit(2, "sleeper", "60"))
         os.kill(node.pid, signal.SIGTERM)
-        wait_for(lambda: node.said("1 units are running") == 2, "it waits again")
+        wait_for(lambda: node.said("units running: 1") == 2, "it waits again")
         node.kill(signal.SIGINT)
         self.assertFalse(alive(pid))
         self.assertEqual(central.calls[-1][0], "DELETE")
@@ -3862,6 +3926,38 @@ class Starts(CrowdTest):
         self.assertEqual(node.central.outcome(1)[0], "succeeded")
         wait_for(lambda: not alive(pid), "the daemon has been ended")
 
+    def test_what_a_shell_left_before_it_became_the_node_lives_on(self) -> None:
+        node = self.prepared()
+        path, go = node.path("pid"), node.path("go")
+        wait = f"until [ -e {go} ]; do sleep 0.02; done"
+        later = f"(setsid sleep 60 & echo $! >{path}.new; mv {path}.new {path})"
+        command = ["sh", "-c", f'({wait}; {later}) & exec "$@"', "sh", *node.command()]
+        node.command = lambda *_: command  # type: ignore[method-assign]
+        node.start()
+        open(go, "w").close()
+        wait_for(lambda: os.path.exists(path), "its process")
+        pid, lock = int(crowdnode.read_file(path)), node.path("state", "node.pid")
+        self.addCleanup(os.kill, pid, signal.SIGKILL)
+        for _ in range(4):  # ticks of the monitor
+            before = os.stat(lock).st_mtime_ns
+            wait_for(lambda: os.stat(lock).st_mtime_ns != before, "a tick")
+        self.assertTrue(alive(pid))
+
+    def test_a_stop_that_hangs_is_ended(self) -> None:
+        node = self.node(constants={"STOP_PATIENCE": 1})
+        is_over = threading.Event()
+        self.addCleanup(is_over.set)
+        node.central.answer = lambda *call: is_over.wait(DEADLINE) and None
+        os.kill(node.pid, signal.SIGTERM)
+        self.assertEqual(node.wait(), -signal.SIGALRM)
+
+    def test_a_loop_that_dies_ends_the_node(self) -> None:
+        fault = Expression("lambda *_: (_ for _ in ()).throw(GeneratorExit)")
+        node = self.node(constants={"Node.report": fault})
+        node.take(unit())
+        self.assertEqual(node.wait(), 0)
+        self.assertEqual(node.said("a thread died: GeneratorExit(); stopping"), 1)
+
 
 class Reloads(CrowdTest):
     def test_a_reload_disturbs_nothing_that_runs(self) -> None:
@@ -3903,7 +3999,7 @@ class Reloads(CrowdTest):
         os.kill(node.daemon_pid, signal.SIGHUP)
         wait_for(other.check_ins, "a check-in there")
         for key in ("state_path", "port"):
-            self.assertEqual(node.said(f"{key} has changed, which takes a restart"), 1)
+            self.assertEqual(node.said(f"{key} has changed; restart the node"), 1)
         node.take(unit(2))
         self.assertEqual(other.outcome(2), ("succeeded", "x"))
 
@@ -3984,6 +4080,20 @@ class Reloads(CrowdTest):
         wait_for(lambda: not has_zombie(before["pid"]), "no zombie")
         node.run("--stop")
         self.assertEqual(len(node.central.reports(1)), 1)
+
+    def test_a_new_version_is_refused_while_settings_have_moved(self) -> None:
+        node, second = self.installed(), self.central()
+        self.assertEqual(node.run("--daemon").returncode, 0)
+        self.install(node, "1.1")
+        for key, value in (("host", "localhost"), ("central_server", second.url)):
+            before = node.settings[key]
+            node.write_config(**{key: value})
+            sentence = f"replaced, and {key} changed: restart the node"
+            self.fails(node.run("--reload"), sentence)
+            node.write_config(**{key: before})
+        self.assertEqual(node.status()["version"], "1.0")
+        self.assertEqual(node.run("--reload").returncode, 0)
+        self.upgraded(node, "1.1")
 
     def test_a_new_version_answers_and_stops_while_its_actions_load(self) -> None:
         node = self.installed().start()
@@ -4128,7 +4238,7 @@ class CommandLine(CrowdTest):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         actions = "broken, echo, pieces, sleeper, waiter, word_count"
         said = f"reloaded; changed keys: max_load; actions: {actions}\n"
-        said += "port has changed, which takes a restart\n"
+        said += "port has changed; restart the node to use it\n"
         self.assertEqual(done.stdout, said)
         node.write_actions({"bad.py": "x("})
         self.assertIn("bad.py is left out: SyntaxError", node.run("--reload").stdout)
@@ -4190,10 +4300,10 @@ class CommandLine(CrowdTest):
             node.write_config(port=taken.getsockname()[1])
             done = node.run("--check", "--set", "host=127.0.0.1")
         for text in (
-            "skipped: the action process_pdfs is left out: not installed: ",
+            "skipped: the action process_pdfs is left out; not installed: ",
             f"warning: {program} is not found by the PATH: put {node.directory} into",
             f"warning: others can write to {node.path('actions', 'slow.py')}, and so",
-            "warning: bind = 0.0.0.0: anybody who reaches it can send units",
+            "warning: bind = 0.0.0.0: anybody who can connect can send units",
             "Address already in use; another program has it: choose another",
         ):
             self.assertIn(text, done.stdout)
@@ -4233,6 +4343,9 @@ class CommandLine(CrowdTest):
             done = self.job(*options, "--stubs", place)
             self.assertEqual((done.returncode, done.stdout.split()), (1, [stub, own]))
             self.assertRegex(done.stderr, "(?m)^date: .* is a class of Ruby's own")
+        broken = self.with_actions(bad="x =")  # what does not load is left out, too
+        done = self.job(*broken, "--stubs", self.directory())
+        self.assertEqual(done.returncode, 1, done.stderr)
         text = crowdnode.read_file(stub).decode().partition("\n")[2]
         stages = "  def split\n  end\n  def process\n  end\n"
         self.assertEqual(text, f"class MyPdfs < CloudCrowd::Action\n{stages}end\n")
