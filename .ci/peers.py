@@ -48,9 +48,7 @@ elif PEER == "celery":  # the client subscribes to a result, as AsyncResult.get 
         ready.clear()
         return found
 
-elif (
-    PEER == "huey"
-):  # the worker pushes to a list of each result, as Result.get expects
+elif PEER == "huey":  # a worker pushes to each result's list, as Result.get expects
     from huey import RedisHuey
 
     huey = RedisHuey("bench", url=URL, store_none=True, notify_result=True)

@@ -3,18 +3,17 @@ central server that submits units as fast as a node accepts them.  Linux alone."
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import fcntl
 import os
 import re
-import select
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from typing import Any, Callable, cast
 
 sys.dont_write_bytecode = True
@@ -33,21 +32,15 @@ LENGTH = re.compile(rb"(?i)\ncontent-length: *(\d+)")
 PORT = re.compile(rb"PUT /node/(?:\S+:(\d+) |.*\bport=(\d+))", re.DOTALL)
 
 
-def make_venv(name: str, base: str = sys.executable) -> str:
-    """Install .ci/NAME-requirements.txt into .ci/NAME-venv and return its Python."""
-    python = os.path.join(CI, f"{name}-venv", "bin", "python")
-    wanted = os.path.join(CI, f"{name}-requirements.txt")
-    if not os.path.exists(python):
-        command = [base, "-m", "venv", os.path.join(CI, f"{name}-venv")]
-        subprocess.run(command, check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
-    return python
-
-
 def run_in_venv(name: str, base: str = sys.executable) -> None:
-    """Continue as the same program on the Python of .ci/NAME-venv."""
-    if sys.prefix != os.path.join(CI, f"{name}-venv"):
-        python = make_venv(name, base)
+    """Continue as the same program on the Python of .ci/NAME-venv, which is made by
+    *base* and has what .ci/NAME-requirements.txt lists."""
+    venv = os.path.join(CI, f"{name}-venv")
+    python, wanted = f"{venv}/bin/python", f"{CI}/{name}-requirements.txt"
+    if sys.prefix != venv:
+        if not os.path.exists(python):
+            subprocess.run([base, "-m", "venv", venv], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
         os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
@@ -73,122 +66,116 @@ def grown(before: dict[str, int], after: dict[str, int], spare_kb: int) -> list[
 
 
 def log_faults(log: str) -> list[str]:
-    """Return the errors and tracebacks of the node's log, each kind once.  What actions
-    print does not count."""
-    found: dict[str, list[str]] = {}
-    for record in re.split(r"(?m)^(?=\d{4}-\d\d-\d\d )", log):
-        head = record.partition("\n")[0]
-        if " output: " not in head and re.search(r" error: |\nTraceback", record):
-            found.setdefault(record.strip().rpartition("\n")[2], []).append(record)
-    return [f"{len(same)} times in the log: {same[0]}" for same in found.values()]
+    """Return the errors and tracebacks of a node's log, but for what actions print."""
+    records = re.split(r"(?m)^(?=\d{4}-\d\d-\d\d )", log)
+    faults = [one for one in records if re.search(r" error: |\nTraceback", one)]
+    return [one for one in faults if " output: " not in one.partition("\n")[0]]
 
 
 class System:
     """What accepts units and lets its submitter learn their outcomes.
 
-    A subclass defines start(), which may return before it is ready; submit(action,
-    input), whose defaults are a no-op; and step(seconds), which waits up to that time
-    for outcomes and passes their keys to finish().
+    A subclass defines start(), which may return before it is ready; stop();
+    submit(action, input), whose defaults are a no-op; and step(seconds), which waits up
+    to that time for outcomes and passes their keys to finish().
 
-    begun: when each outstanding unit was submitted.  replies, outcomes: seconds until
-    a unit was accepted, and until its outcome was known.  roots: its top processes."""
+    begun: when each outstanding unit was submitted.  outcomes: seconds until an outcome
+    was known.  roots: its top processes."""
 
     def __init__(self) -> None:
         self.begun: dict[Any, float] = {}
-        self.replies: list[float] = []
         self.outcomes: list[float] = []
         self.roots: list[int] = []
-        self.directory = tempfile.mkdtemp(prefix="crowdnode-load-")
-
-    def stop(self) -> None:
-        """Leave nothing; a subclass ends its processes first."""
-        shutil.rmtree(self.directory)
 
     def finish(self, key: Any) -> None:
         """Note that the outcome of the unit *key* is known."""
         self.outcomes.append(time.perf_counter() - self.begun.pop(key))
 
-    def drain(self) -> None:
-        """Wait for all outstanding outcomes."""
-        while self.begun:
-            self.step()
-
     def run(self, units: int, outstanding: int) -> None:
         """Run that many no-op units to their end."""
         for _ in range(units):
-            while len(self.begun) >= outstanding:
-                self.step()
+            self.drain(outstanding - 1)
             self.submit()
         self.drain()
 
+    def drain(self, left: int = 0) -> None:
+        """Wait until no more than *left* units are outstanding."""
+        while len(self.begun) > left:
+            self.step()
 
-class HttpSystem(System):
-    """A central server that posts units and takes reports on the caller's thread.
+
+class Crowdnode(System):
+    """A node as users run it, without a limit on its units, and its central server,
+    which posts units from a few threads and takes reports on the caller's.
 
     port: of the node, when it has checked in.  reports: how often each unit was
-    reported.  held: units that run on while others are measured."""
+    reported.  held: units that run on while others are measured.  gate: the file whose
+    lock they wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, actions: dict[str, str], **settings: Any) -> None:
         super().__init__()
         self.port = 0
         self.reports: Counter[int] = Counter()
         self.held: set[int] = set()
         self.next = 1_000_000
-        self.waiting: deque[tuple[int, bytes]] = deque()
-        self.posting: dict[int, tuple[socket.socket, float]] = {}
+        self.pool = concurrent.futures.ThreadPoolExecutor(POSTS_AT_ONCE)
+        self.refused: list[str] = []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         # The connection arrives together with its request, so nothing waits for it.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
-        self.listener.setblocking(False)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.events = select.epoll()
-        self.events.register(self.listener.fileno(), select.EPOLLIN)
+        central = cast(helpers.Central, self)  # the node needs its URL alone
+        self.node = helpers.NodeProcess(central, actions, max_workers=0, **settings)
+        self.node.program = helpers.PROGRAM
+        self.gate = open(self.node.path("gate"), "w")  # noqa: SIM115
+
+    def start(self) -> None:
+        self.port = 0
+        self.node.start(wait=False)
+        self.roots = [self.node.pid]
+        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in")
+
+    def stop(self) -> None:
+        self.begun.clear()
+        self.gate.close()
+        self.while_serving(self.node.destroy)
+
+    def while_serving(self, call: Callable[[], Any]) -> None:
+        """Answer the node's calls to central while *call* runs."""
+        thread = threading.Thread(target=call)
+        thread.start()
+        while thread.is_alive():
+            self.step(0.02)
 
     def submit(self, action: str = "no_op", input: str = "x") -> None:
+        unit = helpers.unit(self.next, action, input)
         self.begun[self.next] = time.perf_counter()
-        request = helpers.work_request(helpers.unit(self.next, action, input))
-        self.waiting.append((self.next, request))
+        self.last = self.pool.submit(self._post, self.next, helpers.work_request(unit))
         self.next += 1
-        self._post()
 
-    def _post(self) -> None:
-        while self.waiting and len(self.posting) < POSTS_AT_ONCE:
-            key, request = self.waiting.popleft()
-            began = self.begun[key] = time.perf_counter()
-            connection = socket.create_connection(("127.0.0.1", self.port), 60)
+    def _post(self, key: int, request: bytes) -> None:
+        self.begun[key] = time.perf_counter()
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as connection:
             connection.sendall(request)
-            self.posting[connection.fileno()] = connection, began
-            self.events.register(connection.fileno(), select.EPOLLIN)
+            status, _, body = helpers.read_answer(connection)
+        if status != 200:
+            self.refused.append(f"unit {key} was refused: {status} {body!r}")
 
     def step(self, seconds: float = 1.0) -> None:
-        """Raise RuntimeError for a unit that is refused or fails, or has no outcome."""
+        """Answer a call.  Raise RuntimeError for a unit that is refused or fails, or
+        has no outcome."""
+        if self.refused:
+            raise RuntimeError(self.refused.pop())
         if self.begun and time.perf_counter() - min(self.begun.values()) > PATIENCE:
             raise RuntimeError(f"not within {PATIENCE} s: {list(self.begun)[:10]}")
-        for descriptor, _ in self.events.poll(seconds):
-            if descriptor in self.posting:
-                self._read_reply(descriptor)
-            else:
-                self._accept()
-
-    def _read_reply(self, descriptor: int) -> None:
-        connection, began = self.posting.pop(descriptor)
-        self.events.unregister(descriptor)
-        with connection:
-            data = b"".join(iter(lambda: connection.recv(4096), b""))
-        self.replies.append(time.perf_counter() - began)
-        if b" 200 " not in data[:13]:
-            raise RuntimeError(f"a unit was refused: {data[:500]!r}")
-        self._post()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                connection, _ = self.listener.accept()
-                with connection:
-                    request = read_request(connection)
-                    is_look = request.startswith(b"GET /status ")
-                    connection.sendall(NO_WORKERS if is_look else NO_CONTENT)
-                    self._note(request)
+        self.listener.settimeout(seconds)
+        with contextlib.suppress(socket.timeout):
+            connection, _ = self.listener.accept()
+            with connection:
+                request = read_request(connection)
+                is_look = request.startswith(b"GET /status ")
+                connection.sendall(NO_WORKERS if is_look else NO_CONTENT)
+            self._note(request)
 
     def _note(self, request: bytes) -> None:
         """Read a call of the node to central."""
@@ -203,27 +190,20 @@ class HttpSystem(System):
             if key in self.begun:
                 self.finish(key)
 
-    def drain(self) -> None:
-        while self.begun or self.posting:
-            self.step()
-
     def hold(self, count: int) -> None:
         """Run *count* more units of the action "hold" until release."""
-        self.pipe = os.path.join(self.directory, "pipe")
-        if not os.path.exists(self.pipe):
-            os.mkfifo(self.pipe)
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
         for _ in range(count):
-            self.submit("hold", self.pipe)
-        while self.posting:
-            self.step()
+            self.submit("hold", self.gate.name)
+        while not self.last.done():
+            self.step(0.1)
         self.held.update(self.begun)
         self.begun.clear()
 
     def release(self) -> None:
         """Run the held units to their end."""
+        fcntl.flock(self.gate, fcntl.LOCK_UN)
         while self.held:
-            with contextlib.suppress(OSError):  # ENXIO: none waits there just now
-                os.close(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK))
             self.step(0.1)
 
 
@@ -235,31 +215,3 @@ def read_request(connection: socket.socket) -> bytes:
             head += line
         length = LENGTH.search(head)
         return head + b"\r\n" + file.read(int(length[1]) if length else 0)
-
-
-class Crowdnode(HttpSystem):
-    """A node as users run it, without a limit on its units."""
-
-    def __init__(self, actions: dict[str, str], **settings: Any) -> None:
-        super().__init__()
-        central = cast(helpers.Central, self)  # the node needs its URL alone
-        self.node = helpers.NodeProcess(central, actions, max_workers=0, **settings)
-        self.node.program = helpers.PROGRAM
-
-    def start(self) -> None:
-        self.port = 0
-        self.node.start(wait=False)
-        self.roots = [self.node.pid]
-        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in")
-
-    def while_serving(self, call: Callable[[], Any]) -> None:
-        """Answer the node's calls to central while *call* runs."""
-        thread = threading.Thread(target=call)
-        thread.start()
-        while thread.is_alive():
-            self.step(0.02)
-
-    def stop(self) -> None:
-        self.begun.clear()
-        self.while_serving(self.node.destroy)
-        super().stop()
