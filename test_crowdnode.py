@@ -444,9 +444,10 @@ class NodeProcess:
         actions: dict[str, str] | None = None,
         constants: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
+        directory: str = "",
         **settings: Any,
     ) -> None:
-        self.directory = tempfile.mkdtemp(prefix="crowdnode-test-")
+        self.directory = directory or tempfile.mkdtemp(prefix="crowdnode-test-")
         self.central = central
         self.env = env or {}
         self.constants: dict[str, Any] = {
@@ -515,10 +516,10 @@ class NodeProcess:
                 raise AssertionError(f"the node did not start:\n{self.log()}")
         return self
 
-    def run(self, *arguments: str) -> Any:
+    def run(self, *arguments: str, seconds: float = DEADLINE) -> Any:
         """Another call of the program with this configuration."""
-        env = environment(**self.env)
-        return run(self.command(*arguments), env=env, cwd=self.directory)
+        options: Any = {"env": environment(**self.env), "cwd": self.directory}
+        return run(self.command(*arguments), timeout=seconds, **options)
 
     def ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
