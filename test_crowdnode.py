@@ -56,7 +56,7 @@ import crowdnode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "crowdnode.py")
-AT_ONCE = 4  # classes of tests
+AT_ONCE = 6  # classes of tests
 DEADLINE = 20.0  # seconds that any wait may take; a busy machine needs some
 MARK = f"CROWDNODE_TEST={os.getpid()}"  # in the environment of all that we start
 
