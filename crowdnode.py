@@ -81,6 +81,7 @@ if not FORK_SERVER:  # each import makes the fork server larger, and so each for
     import calendar
     import concurrent.futures
     import configparser
+    import faulthandler
     import hashlib
     import hmac
     import html
@@ -352,8 +353,8 @@ NODE_VARIABLE = "CROWDNODE_NODE"
 
 
 def is_descendant(pid: int) -> bool:
-    """Return whether this node has started the process *pid*, or one of its ancestors
-    (Linux's proc(5))."""
+    """Return whether this node has started the process *pid*, or one of its ancestors,
+    and its environment still says so (Linux's proc(5))."""
     mark = f"{NODE_VARIABLE}={os.getpid()}".encode()
     with contextlib.suppress(OSError):
         return mark in read_file(f"/proc/{pid}/environ").split(b"\0")
@@ -754,8 +755,8 @@ def complete_config(config: Config, given: dict[str, tuple[str, str]]) -> None:
     if config.http_authentication and not (config.login and config.password):
         refuse("http_authentication", "needs login and password too")
     if not f"{config.login}{config.password}".isascii():
-        danger = "central's Ruby finds what is not ASCII different"
-        config.warnings.append(f"login, password: {danger}: use ASCII alone")
+        danger = "central compares characters outside ASCII differently"
+        config.warnings.append(f"login, password: {danger}: use only ASCII")
     if ":" in (config.login or ""):
         refuse("login", "must not hold a colon, which ends the login in HTTP Basic")
     for name in STORAGES[config.storage]:
@@ -1533,10 +1534,12 @@ class ActionLoader:
         directory, found = self.config.actions_path, []
         for name in sorted(os.listdir(directory)) if os.path.exists(directory) else ():
             path = os.path.join(directory, name)
-            if name[0] in "._" or not os.path.isfile(path):
-                if not os.path.exists(path):
-                    sentence = f"{path} is left out: a link to a file that is not there"
-                    self._add("warning", sentence)
+            if name[0] in "._":
+                continue
+            if not os.path.exists(path):
+                sentence = f"{path} is left out: a link to a file that is not there"
+                self._add("warning", sentence)
+            if not os.path.isfile(path):
                 continue
             if name.endswith(".py") or os.access(path, os.X_OK):
                 found.append(path)
@@ -2866,7 +2869,7 @@ RECOVERY_DEADLINE = 60  # seconds at the start for reporting what is on disk
 HAND_OVER_DEADLINE = 10  # seconds for requests and reports before an upgrade
 REPORTERS = 4  # threads: central gets this many reports at once, at most
 REFUSALS = 3  # answers of 500, while others are taken, until a report is given up
-FORM_LIMIT = 4_194_304  # bytes of a form that Rack takes by default
+
 SUCCESS_HOLD, FAILURE_HOLD = 0.1, 0.5  # seconds after the reply
 HOLD_LIMIT = 2  # seconds
 HOLD_TICK = 0.05  # seconds between looks at what is held
@@ -2934,7 +2937,7 @@ class Unit:
         self.due: float | None = None
         self.backoff = Backoff()
         self.refusals = 0  # reports answered with 500, while others were taken
-        self.taken_before = -1  # counts["reported"] at the last refusal
+        self.taken_before: Any = None  # what central had taken at the last refusal
 
     def __str__(self) -> str:
         label, stage = self.head.get("label") or "-", self.head["stage"]
@@ -3302,8 +3305,8 @@ class Node:
         self.strays: set[int] = set()  # unknown children at the last tick
         self.warned: set[str] = set()  # of what is logged only once
         self.look_timer = PeriodicTimer(self.check_reports, STATUS_INTERVAL)
-        self.timers = [self.monitor_timer, self.check_in_timer, self.look_timer]
-        self.timers.append(self.clean_timer)
+        self.timers = [self.check_in_timer, self.monitor_timer, self.clean_timer]
+        self.timers.append(self.look_timer)
         self.signal_reader, self.signal_writer = os.pipe()
 
     # ---- life, in the seed's order ------------------------------------------
@@ -3313,11 +3316,9 @@ class Node:
         version of this program is to go on in this process.
 
         The main thread only waits for signals, so they are heard at any time.  Raises
-        what keeps the node from starting, and CrowdError where it is not ready for
-        READY_PATIENCE, so that --daemon starts another."""
+        what keeps the node from starting."""
         self.trap_signals()
         start_thread(self.start_in_background, started)
-        signal.signal(signal.SIGALRM, wake_up)  # until now it ends the process
         while True:
             number = self.next_signal()
             if number == signal.SIGHUP:
@@ -3332,22 +3333,20 @@ class Node:
             elif self.is_replaced:
                 signal.pthread_sigmask(signal.SIG_BLOCK, NODE_SIGNALS)  # until it runs
                 number = self.next_signal(0)
-                if not number or number == signal.SIGHUP:
+                while number in (0, signal.SIGHUP):
+                    number = self.next_signal(0)
+                if number is None:
                     return True
                 break
         self.is_stopping = True
-        why = f"stopped by {signal_name(number)} while starting"
-        if number == signal.SIGALRM:
-            why = f"not ready for {READY_PATIENCE:g} s"
-            log.error("%s: stopping", why)
         if self.may_be_known:
             self.shut_down()
         for _ in range(3):  # a fork server that loads; what units have left behind
             for pid in own_children.union(filter(is_descendant, child_pids())):
                 kill_group(pid, signal.SIGKILL)
             time.sleep(0.01)  # what these have left becomes our child
-        if number == signal.SIGALRM or not self.may_be_known:
-            raise CrowdError(why)
+        if not self.may_be_known:
+            raise CrowdError(f"stopped by {signal_name(number)} while starting")
         return False
 
     def start_in_background(self, started: Callable[[], None]) -> None:
@@ -3407,7 +3406,8 @@ class Node:
         if self.inherited:
             said = f"going on as version {__version__}; actions: {actions}"
             self.note_reload(True, said)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # see run_node()
+        if not self.is_stopping and not fork_server.gone:
+            faulthandler.cancel_dump_traceback_later()  # see run_node()
 
     def release_earlier_units(self) -> None:
         """Have central release what only central remembers of earlier nodes here.
@@ -3560,11 +3560,10 @@ class Node:
     def shut_down(self) -> None:
         """Refuse work, wait drain_time for what runs, check out, end the rest.
 
-        A second signal skips the waiting.  What hangs all the same is ended by the
-        kernel; the next node here does the rest."""
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        A second signal skips the waiting.  A stop that hangs is ended, see run_node();
+        the next node here does the rest."""
         patience = self.config.drain_time + STOP_PATIENCE
-        signal.setitimer(signal.ITIMER_REAL, patience)
+        faulthandler.dump_traceback_later(patience, exit=True)
         self.overload.update("stopping", "the node is stopping")
         with contextlib.suppress(OSError):
             self.adopt_records()  # an upgraded node may not have adopted them yet
@@ -3615,6 +3614,9 @@ class Node:
                 before, after = vars(self.config), vars(config)
                 keys = (*FIXED_KEYS, "central_server")
                 moved = [key for key in keys if after[key] != before[key]]
+                for central in self.centrals.values():
+                    if central is not self.central and central.is_confirmed:
+                        moved.append("central_server")  # at an earlier reload
                 config.keep_fixed_keys(self.config)
                 prepare_directories(config)
                 if self.has_new_version(config):
@@ -3724,7 +3726,8 @@ class Node:
         old, self.fork_server = self.fork_server, fork_server
         if old:
             old.finish()
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if not self.is_stopping:
+                faulthandler.cancel_dump_traceback_later()
         self.overload.update("fork server", None)
         if fork_server.gone:  # meanwhile; then receive() has taken it for an old one
             with contextlib.suppress(RuntimeError):
@@ -3760,7 +3763,7 @@ class Node:
         if is_current:
             log.error("the fork server died (%s); starting another", gone.gone)
             self.overload.update("fork server", "the fork server is starting")
-            signal.setitimer(signal.ITIMER_REAL, READY_PATIENCE)
+            faulthandler.dump_traceback_later(READY_PATIENCE, exit=True)
         with self.changed:
             for unit in list(self.units.values()):
                 if unit.fork_server is gone:
@@ -4121,7 +4124,7 @@ class Node:
             is_known = central.report(unit.id, unit.worker, outcome)
         except CentralError as error:
             is_refused = error.status == 500 and outcome.status == "succeeded"
-            if not is_refused or not self.is_too_much(unit, outcome):
+            if not is_refused or not self.is_too_much(unit):
                 raise
             self.give_up(unit, outcome)
             return self.report(unit)
@@ -4142,11 +4145,11 @@ class Node:
             self.requeue(ready)
         return None
 
-    def is_too_much(self, unit: Unit, outcome: Outcome) -> bool:
-        """Return whether central refuses *unit* with 500 again and again, though it
-        takes others, or the form is over Rack's limit."""
-        taken, size = self.counters.reported, len(quoted(outcome.output))
-        if taken != unit.taken_before or size > FORM_LIMIT:
+    def is_too_much(self, unit: Unit) -> bool:
+        """Return whether central refuses *unit* with 500 again and again, while it
+        takes other reports, or check-ins."""
+        taken = (self.counters.reported, self.central.checked_in_at)
+        if taken != unit.taken_before:
             unit.refusals, unit.taken_before = unit.refusals + 1, taken
         return unit.refusals >= REFUSALS
 
@@ -4157,8 +4160,8 @@ class Node:
         size = len(quoted(outcome.output))
         reason = (
             f"central refuses the report, whose form has {size} bytes, with 500. Rack "
-            f"takes {FORM_LIMIT}: return less, or set RACK_QUERY_PARSER_BYTESIZE_LIMIT "
-            "in central's environment"
+            "takes 4194304: return less, or set RACK_QUERY_PARSER_BYTESIZE_LIMIT in "
+            "central's environment"
         )
         log.error("%s: %s", unit, reason)
         line = Outcome("failed", outcome.seconds, failure(reason)).line()
@@ -4295,10 +4298,14 @@ class Node:
     def has_living_worker(self) -> bool:
         """Return whether a worker lives that an earlier node has left."""
         for name in filter(UNIT_ID.fullmatch, os.listdir(self.config.units_path)):
-            with contextlib.suppress(OSError, OddRecord):
-                path = f"{self.config.units_path}/{name}"
+            path = f"{self.config.units_path}/{name}"
+            try:
                 if worker_lives(Record(read_file(path)), is_locked(path)):
                     return True
+            except OddRecord:
+                pass
+            except OSError:  # it can't be looked at now
+                return True
         return False
 
     def adopt(self, name: str) -> None:
@@ -4310,6 +4317,7 @@ class Node:
                 record = Record(read_file(path))
                 if record.head and str(record.head["id"]) != name:
                     raise OddRecord("it is another unit's")
+                is_over = not record.outcome and not worker_lives(record, locked)
             except FileNotFoundError:
                 return None
             except (IsADirectoryError, PermissionError, OddRecord) as error:
@@ -4322,14 +4330,15 @@ class Node:
             head, boot_id = record.head, THIS_MACHINE["boot_id"]
             if name in self.units or name in self.reported or (locked and not head):
                 return None  # it has just come, or is being written
-            is_over = not record.outcome and not worker_lives(record, locked)
             is_released = head and head.get("boot_id", boot_id) != boot_id
-            is_released = is_released or not self.has_survivors
+            if head and not self.has_survivors:
+                url = head.get("central") or self.central.url
+                is_released = is_released or url == self.central.url
             if not head or (is_over and is_released):
                 # Either no reply named its pid; or the check-out will release it, for
                 # all workers died.  After a reboot its report may have been taken.
                 why = "all workers have died" if head else "its pid was never sent"
-                log.info("unit %s: dropped: %s", name, why)
+                log.warning("unit %s: dropped: %s", name, why)
                 remove_file(f"{path}.out")
                 return remove_file(path)
             if record.reported and not record.withdrawn:
@@ -4365,9 +4374,10 @@ class Node:
                 unit.pid = concurrent.futures.Future()
                 unit.pid.set_result(record.pid)
                 unit.process_started = record.started
-            lives = is_same_process(unit.worker, unit.process_started, unit.head)
-            if record.head:  # else the file is gone
+            if record.head:
                 lives = worker_lives(record, locked)
+            else:  # the file is gone
+                lives = is_same_process(unit.worker, unit.process_started, unit.head)
         except OSError as error:
             return log.warning("%s: its worker can't be looked at: %s", unit, error)
         if record.outcome or not lives:
@@ -5770,12 +5780,14 @@ def run_node(
     """Run the node, with *lock* held, until a signal stops it; call *started* when it
     has checked in.  Raises CrowdError.
 
-    A start that hangs is ended by SIGALRM, whatever it is that hangs."""
+    A start that hangs, whatever it is that hangs, is ended by faulthandler's thread,
+    which logs what all threads do, and exits.  So are a stop that hangs, and a node
+    that gets no fork server; cron or systemd starts the next one."""
     config, node = lock.config, None
     lock_file, listener = arguments.inherit or (None, None)
     try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, READY_PATIENCE)
+        patience = READY_PATIENCE + 2 * config.central_timeout  # of the check-in
+        faulthandler.dump_traceback_later(patience, exit=True)
         path = config.state_file("node.log") if arguments.daemon else None
         set_up_log(path, config.log_level)
         lock.write()  # with --daemon, the parent took the lock
@@ -5929,9 +5941,12 @@ def run_in_background(
 
     try:
         os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
+        null, flags = os.open(os.devnull, os.O_RDWR), os.O_WRONLY | os.O_APPEND
         for standard in (0, 1, 2):
             os.dup2(null, standard)
+        with contextlib.suppress(OSError):  # what Python itself has to say
+            name = config.state_file("node.log")
+            os.dup2(os.open(name, flags | os.O_CREAT, 0o600), 2)
         return run_node(lock, load, arguments, lambda: tell(EXIT_OK))
     except (CrowdError, OSError) as error:
         code = error.status if isinstance(error, CrowdError) else EXIT_FAILED
@@ -6079,7 +6094,7 @@ def show_status(config: Config, as_json: bool) -> int:
         raise not_running(config)
     code, text = answer or (None, "")
     if code != 200:
-        hints = {401: ": its login and password are others; use --reload"}
+        hints = {401: ": its login and password are not those here; use --reload"}
         hints[403] = ": allow does not include 127.0.0.1"
         said = f"answers {code}{hints.get(code, '')}" if code else "does not answer"
         sentence = f"(process {holder.get('pid')}) {said}"

@@ -2447,12 +2447,17 @@ class ForkServers(CrowdTest):
         node = self.node(port=free_port())
         central, fork_server = node.central, node.fork_server
         workers = [node.take(unit(id, "sleeper", "60")) for id in range(3)]
+        theirs = re.sub(rb'"central": "[^"]*"', b'"central": "http://127.0.0.1:1"',
+                        node.record(0).replace(b'"id": 0', b'"id": 8'))  # fmt: skip
         central.fail(500, "/work/7")
         node.take(unit(7))
         wait_for(lambda: central.reports(7), "an outcome that waits")
         for pid in (node.pid, fork_server, *workers):
             os.kill(pid, signal.SIGKILL)
         node.wait()
+        path = node.path("state", "units", "8")
+        with open(path, "wb") as file:
+            file.write(theirs)
         central.answer = lambda *call: None
         node.start()
         calls = [call[:2] for call in central.calls if call[1] != "/work/7"]
@@ -2460,7 +2465,9 @@ class ForkServers(CrowdTest):
         self.assertEqual(calls[-2:], [("DELETE", name), ("PUT", name)])
         self.assertEqual([central.reports(id) for id in range(3)], [[], [], []])
         self.assertEqual(central.outcome(7), ("succeeded", "x"))
-        node.settled()
+        self.assertIn(b"\nfailed ", node.record(8), "it is for another central")
+        node.stop()
+        os.unlink(path)
 
     def test_another_process_with_a_workers_pid_is_never_signalled(self) -> None:
         """After a restart of the machine or container, or in a shared directory."""
@@ -2693,15 +2700,10 @@ class Reports(CrowdTest):
     def test_a_report_that_is_too_much_for_central_is_given_up(self) -> None:
         central = self.central()
         central.answer = lambda method, path, fields: (
-            500
-            if path in ("/work/0", "/work/1") and fields["status"] == "succeeded"
-            else None
+            500 if path == "/work/1" and fields["status"] == "succeeded" else None
         )
-        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.05, "FORM_LIMIT": 50_000}
+        constants = {"RETRY_WAIT": 0.05, "RETRY_WAIT_LIMIT": 0.05}
         node = self.node(central, constants=constants)
-        node.take(unit(0, "echo", "\u20ac" * 6000))  # which is over the limit
-        wait_for(lambda: len(central.reports(0)) == 4, "it is given up")
-        self.assertEqual(central.reports(0)[-1]["status"], "failed")
         reports = functools.partial(central.reports, 1)
         node.take(unit(1, "echo", "\u20ac" * 5000))
         wait_for(lambda: len(reports()) > 3, "no other report has been taken")
@@ -2716,6 +2718,11 @@ class Reports(CrowdTest):
         self.assertIn("RACK_QUERY_PARSER_BYTESIZE_LIMIT", message)
         self.assertIn(f"has {len(urllib.parse.quote_plus(output))} bytes", message)
         self.assertEqual(reports().count(reports()[-1]), 1)
+        node.stop()
+        del central.calls[:]
+        node.constants["CHECK_IN_INTERVAL"] = 0.05
+        node.start().take(unit(1))  # alone, while central takes check-ins
+        wait_for(lambda: reports() and reports()[-1]["status"] == "failed", "no more")
 
 
 class LateCentral(Central):
@@ -3637,15 +3644,15 @@ class Daemon(CrowdTest):
             self.assertEqual(node.run("--status").returncode, 3)
 
     def test_a_node_that_is_not_ready_for_long_gives_up(self) -> None:
-        constants = {"READY_PATIENCE": 1, "RETRY_WAIT": 0.1}
-        node = self.prepared(constants=constants)
-        is_asked = threading.Event()
-        node.central.answer = lambda *call: is_asked.wait(DEADLINE) and None
-        done = node.run("--daemon")
-        is_asked.set()
+        hangs = Expression("lambda self: crowdnode.time.sleep(60)")
+        constants = {"READY_PATIENCE": 0.1, "RETRY_WAIT": 0.1}
+        node = self.prepared(constants=constants, central_timeout=0.2)
+        with unittest.mock.patch.dict(node.constants, {"Node.adopt_records": hangs}):
+            done = node.run("--daemon")
         self.assertEqual(done.returncode, 1)
-        self.assertIn("not ready for 1 s", done.stderr + node.log())
-        node.central.answer = lambda *call: None
+        self.assertIn("the node died; see ", done.stderr)
+        self.assertRegex(node.log(), r"Timeout \(0:00:00.5.*\)!(?s:.*)in start\b")
+        node.constants["READY_PATIENCE"] = 5
         node.start()
         fork_server = node.fork_server
         shutil.rmtree(node.path("actions"))
@@ -3655,7 +3662,7 @@ class Daemon(CrowdTest):
         write_file(node.path("actions", "bad.py"), bad)
         os.kill(fork_server, signal.SIGKILL)
         self.assertEqual(node.wait(), 1)
-        self.assertEqual(node.said("not ready for 1 s: stopping"), 2)
+        self.assertEqual(node.said("Timeout (0:00:05)!"), 1)
 
     def test_eight_starts_at_once_start_one_which_is_replaced_when_silent(self) -> None:
         node = self.prepared()
@@ -3974,7 +3981,8 @@ class Starts(CrowdTest):
         self.addCleanup(is_over.set)
         node.central.answer = lambda *call: is_over.wait(DEADLINE) and None
         os.kill(node.pid, signal.SIGTERM)
-        self.assertEqual(node.wait(), -signal.SIGALRM)
+        self.assertEqual(node.wait(), 1)
+        self.assertRegex(node.log(), r"Timeout \(0:00:01\)!(?s:.*) in check_out\n")
 
     def test_a_loop_that_dies_ends_the_node(self) -> None:
         fault = Expression("lambda *_: (_ for _ in ()).throw(GeneratorExit)")
@@ -4216,7 +4224,7 @@ class Reloads(CrowdTest):
 
 class CommandLine(CrowdTest):
     def test_status_is_for_people_and_for_programs_and_stop_waits(self) -> None:
-        node = self.prepared(constants={"HEARTBEAT_DEADLINE": 0.5})
+        node = self.prepared()
         shown = self.on_terminal(*node.command("--daemon"))
         page = f"page: http://127.0.0.1:{node.port}/\r\n"
         self.assertEqual(shown, f"{page}log:  {node.path('state', 'node.log')}\r\n")
@@ -4232,6 +4240,7 @@ class CommandLine(CrowdTest):
         self.assertRegex(shown, r"State +\x1b\[32maccepting\x1b\[0m")
         shown = self.on_terminal(*node.command("--status"), NO_COLOR="1")
         self.assertNotIn("\033", shown)
+        node.constants["HEARTBEAT_DEADLINE"] = 0.2
         with stopped(pid):
             done = node.run("--status")
         self.assertEqual(done.returncode, 4)
