@@ -4568,6 +4568,7 @@ def run_all() -> int:
 
 def main() -> int:
     """Run the tests that the command line names, all by default."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     with tempfile.TemporaryDirectory(prefix="crowdnode-test-") as cache:
         # All that we start is compiled once, and leaves nothing beside the program.
         os.environ.setdefault("PYTHONPYCACHEPREFIX", cache)
