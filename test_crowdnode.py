@@ -1676,7 +1676,10 @@ os.system("echo from a child")
 class Workers(CodeNode):
     def test_a_worker_has_its_session_niceness_and_empty_work_directory(self) -> None:
         path = self.shared.path("state", "work", "coded")
-        os.makedirs(os.path.join(path, f"unit_{self.next_id + 1}", "left"))
+        left = os.path.join(self.directory(), "left")
+        os.makedirs(os.path.join(left, "behind"))
+        os.makedirs(path, exist_ok=True)
+        os.rename(left, os.path.join(path, f"unit_{self.next_id + 1}"))
         status, found = self.do(
             "result = [os.getsid(0) == os.getpid(), os.getppid(), os.nice(0),\n"
             "    os.getcwd(), os.stat('.').st_mode & 0o777, os.listdir('.')]\n"
@@ -3532,9 +3535,12 @@ class RunEnds(CrowdTest):
             self.assertEqual(job.wait(DEADLINE), 130)
 
     def test_a_node_that_dies_is_started_again(self) -> None:
-        with self.sleeping(*["0.3"] * 4) as (job, _):
+        go = os.path.join(self.directory(), "go")
+        more = f"import os\n        while not os.path.exists({go!r}): time.sleep(0.01)"
+        with self.sleeping(*["0"] * 4, more=more) as (job, _):
             nodes = [line for line in our_processes() if "--attended" in line]
             os.kill(int(nodes[0].split()[0]), signal.SIGKILL)
+            write_file(go, "")
             output, errors = job.communicate(timeout=DEADLINE)
         self.assertEqual(json.loads(output), ["slept"] * 4, errors.decode())
 
