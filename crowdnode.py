@@ -4967,6 +4967,9 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
                 self.reply(str(error), error.status, header=error.header)
             except OSError:
                 raise
+            except MemoryError:  # a 500 would end central's round
+                self.reply(OVERLOADED_MESSAGE, 503)
+                self.server.node.refused("there is no memory")
             except Exception:
                 log.exception("%s %s failed", self.command, self.path[:200])
                 self.reply("This is a fault of the node; its log has more.", 500)

@@ -2728,6 +2728,15 @@ class Reports(CrowdTest):
         wait_for(lambda: reports() and reports()[-1]["status"] == "failed", "no more")
 
 
+    def test_a_node_without_memory_refuses_and_checks_in(self) -> None:
+        fault = Expression("lambda self: (_ for _ in ()).throw(MemoryError)")
+        node = self.node(constants={"NodeHandler.read_body": fault})
+        status, _, body = node.post(unit())
+        self.assertEqual((status, body), (503, b"Node Overloaded"))
+        wait_for(lambda: len(node.central.check_ins()) > 1, "another check-in")
+        self.assertEqual(node.said("Traceback"), 0)
+
+
 class LateCentral(Central):
     """A central that commits late, as CloudCrowd 0.7 does.
 
