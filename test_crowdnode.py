@@ -2727,7 +2727,6 @@ class Reports(CrowdTest):
         node.start().take(unit(1))  # alone, while central takes check-ins
         wait_for(lambda: reports() and reports()[-1]["status"] == "failed", "no more")
 
-
     def test_a_node_without_memory_refuses_and_checks_in(self) -> None:
         fault = Expression("lambda self: (_ for _ in ()).throw(MemoryError)")
         node = self.node(constants={"NodeHandler.read_body": fault})
