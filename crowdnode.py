@@ -2731,8 +2731,8 @@ class NodeLock:
                 self.content["started"] = start_of_process(os.getpid())
             try:
                 data = f"{os.getpid()}\n{json.dumps(self.content)}\n".encode()
-                # At once and in place: who reads it finds all of it, and a full disk
-                # does not matter, for the file has its block.
+                # One write in place: a reader finds all of it, and it needs no room on
+                # a full disk, since the file has its block.
                 data = data.ljust(os.fstat(self.descriptor).st_size)
                 os.pwrite(self.descriptor, data, 0)
             except OSError as error:
