@@ -3289,8 +3289,12 @@ class Node:
             self.check_in_periodically, CHECK_IN_INTERVAL
         )
         self.monitor_timer = PeriodicTimer(self.monitor_system, MONITOR_INTERVAL)
-        clean = self.remove_stale_directories  # which may take long
-        self.clean_timer = PeriodicTimer(clean, MONITOR_INTERVAL)
+        self.timers = [
+            self.check_in_timer,
+            self.monitor_timer,
+            PeriodicTimer(self.remove_stale_directories, MONITOR_INTERVAL),  # slow
+            PeriodicTimer(self.check_reports, STATUS_INTERVAL),
+        ]
         self.overload = Overload(self.check_in_timer.soon)
         self.check_in_backoff = Backoff()
         self.load_average: float | None = None
@@ -3304,9 +3308,6 @@ class Node:
         self.unlocked: set[str] = set()  # units whose workers had gone at the last tick
         self.strays: set[int] = set()  # unknown children at the last tick
         self.warned: set[str] = set()  # of what is logged only once
-        self.look_timer = PeriodicTimer(self.check_reports, STATUS_INTERVAL)
-        self.timers = [self.check_in_timer, self.monitor_timer, self.clean_timer]
-        self.timers.append(self.look_timer)
         self.signal_reader, self.signal_writer = os.pipe()
 
     # ---- life, in the seed's order ------------------------------------------
