@@ -4841,7 +4841,8 @@ class NodeServer(Server):
     A request has a deadline as a whole: after it, reading from its connection is shut
     down.  The oldest unfinished one goes when there are too many: central gets in."""
 
-    request_queue_size = MAX_CONNECTIONS
+    # As the kernel allows: what finds the queue full tries again after 1 s, then 3.
+    request_queue_size = 4096
     node: Node
 
     def __init__(self, config: Config, port: int, listener: int | None = None) -> None:

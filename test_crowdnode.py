@@ -3267,6 +3267,19 @@ class Connections(CrowdTest):
             self.assertEqual(node.do(unit()), ("succeeded", "x"))
             self.assertEqual(read_answer(silent[0])[0], 408)
 
+    def test_a_thousand_connections_at_once_wait_for_a_busy_node(self) -> None:
+        path = "/proc/sys/net/core/somaxconn"
+        if not os.path.exists(path) or int(crowdnode.read_file(path)) < 1000:
+            self.skipTest("needs a kernel with as long a queue")
+        node = self.node()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        crowdnode.raise_descriptor_limit()
+        with contextlib.ExitStack() as stack, stopped(node.pid):
+            for _ in range(1000):  # one that finds no place is silent for 1 s
+                connection = socket.create_connection(("127.0.0.1", node.port), 0.9)
+                stack.enter_context(connection)
+
     def test_a_large_form_of_percent_escapes_takes_little_memory(self) -> None:
         def peak() -> int:
             with open(f"/proc/{node.pid}/status") as file:
@@ -3320,8 +3333,8 @@ class Run(CrowdTest):
             self.assertEqual(json.loads(crowdnode.read_file(path)), strings)
             self.assertRegex(shown, rf"\r.*{words}")
             self.assertIn("100 of 100 done", shown)
-            lines = [line for line in re.split(r"[\r\n]+(?:\x1b\[K)?", shown) if line]
-            self.assertLess(max(map(len, lines)), columns)
+            bars = re.findall(r"\r\x1b\[K([^\r\n]*)(?=\r(?!\n))", shown)
+            self.assertLess(max(map(len, bars)), columns)
 
     def test_an_input_that_fails_is_named_after_its_attempts(self) -> None:
         process = "print('attempt', self.options['attempts']); return int(self.input)"
