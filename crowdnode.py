@@ -4806,7 +4806,7 @@ def render_plot(title: str, now: str, history: list[Json], *scale: Any) -> str:
 
 REQUEST_DEADLINE = 20  # seconds for a whole request
 HEAD_LIMIT = 64 * 1024  # bytes of a request's head
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS = 1024
 FORM_FIELDS = 1000
 OVERLOADED_MESSAGE = "Node Overloaded"  # the body by which central knows a refusal
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -4907,10 +4907,13 @@ class NodeServer(Server):
     def shut_oldest(self, age: float = 0.0) -> bool:
         """Let nothing more be read from the oldest connection whose request is unread,
         if that is *age* seconds old; return whether there was one."""
+        latest = time.monotonic() - age
         with self.lock:
             for request, since in self.connections.items():
-                if not since or time.monotonic() - since < age:
+                if not since:
                     continue
+                if since > latest:  # as are all that came after it
+                    return False
                 self.connections[request] = 0.0
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)
