@@ -5269,8 +5269,9 @@ class LocalCentral(Server):
         super().__init__(("127.0.0.1", 0), LocalCentralHandler)
         self.config = config
         self.ended = ended
-        # Part of the names of what units save: unique on this machine.
-        self.job: Json = {"job_id": time.time_ns() // 1000}  # jq's numbers hold it
+        # Part of the names of what units save, so no other job may have it, not even
+        # one of the same microsecond.  53 bits: jq has doubles.
+        self.job: Json = {"job_id": int.from_bytes(os.urandom(7), "big") >> 3}
         self.stages: list[str] = []
         self.changed = threading.Condition()
         self.finished = threading.Event()

@@ -280,6 +280,15 @@ def no_room(pid: int) -> Iterator[None]:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
+def without_room(size: int, **env: str) -> dict[str, Any]:
+    """Options to start a process for which a disk is full after *size* bytes a file."""
+    limit = (resource.RLIMIT_FSIZE, (size, size))
+    # Before Python ignores SIGXFSZ, it compiles modules, and would write them.
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    setrlimit = resource.setrlimit
+    return {"env": environment(**env), "preexec_fn": lambda: setrlimit(*limit)}
+
+
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """Meanwhile that process does nothing.  It may be killed."""
@@ -3475,6 +3484,15 @@ class Run(CrowdTest):
             jobs = [pool.submit(self.job, *options, input) for input in "123"]
             urls = {json.loads(job.result().stdout)[0] for job in jobs}
         self.assertEqual(len(urls), 3)
+        config, ids = crowdnode.load_config("", []), set()
+        with unittest.mock.patch("time.time_ns", return_value=time.time_ns()):
+            for _ in range(9):
+                central = crowdnode.LocalCentral(config, print)
+                central.shutdown()
+                central.server_close()
+                ids.add(central.job["job_id"])
+        self.assertEqual(len(ids), 9)
+        self.assertLess(max(ids), 2**53)  # as a double holds it
 
 
 def ignore_children_and_leave_descriptors() -> None:
@@ -3545,11 +3563,8 @@ class RunEnds(CrowdTest):
 
     def test_what_keeps_a_job_from_going_on_is_said_after_two_seconds(self) -> None:
         command = [sys.executable, PROGRAM, "--run", "word_count", "LICENSE"]
-        limit = (resource.RLIMIT_FSIZE, (400, 400))  # as a disk that is full
-        options: Any = {"stderr": subprocess.PIPE, "cwd": HERE}
-        options["env"] = environment(TMPDIR=self.directory())
-        options["preexec_fn"] = lambda: resource.setrlimit(*limit)
-        with started(command, **options) as job:
+        options = without_room(400, TMPDIR=self.directory())
+        with started(command, stderr=subprocess.PIPE, cwd=HERE, **options) as job:
             lines = iter(job.stderr.readline, b"")
             self.assertTrue(any(b"File too large" in line for line in lines))
             job.send_signal(signal.SIGINT)
@@ -3640,10 +3655,7 @@ class RunEnds(CrowdTest):
 class Daemon(CrowdTest):
     def test_a_node_that_started_on_a_full_disk_is_found(self) -> None:
         node = self.prepared(port=free_port(), constants={"MONITOR_INTERVAL": 60})
-        limits = (0, resource.RLIM_INFINITY)  # as a disk that is full
-        options = {
-            "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        }
+        options = without_room(0)
         done = run(node.command("--daemon"), stderr=subprocess.DEVNULL, **options)
         self.assertEqual(done.returncode, 0)
         self.assertEqual(crowdnode.read_file(node.path("state", "node.pid")), b"")
