@@ -120,14 +120,12 @@ class Crowdnode(System):
     which posts units from a few threads and takes reports on the caller's.
 
     port: of the node, when it has checked in.  reports: how often each unit was
-    reported.  held: units that run on while others are measured.  gate: the file whose
-    lock they wait for."""
+    reported.  gate: the file for whose lock units of the action "hold" wait."""
 
     def __init__(self, actions: dict[str, str], **settings: Any) -> None:
         super().__init__()
         self.port = 0
         self.reports: Counter[int] = Counter()
-        self.held: set[int] = set()
         self.next = 1_000_000
         self.pool = concurrent.futures.ThreadPoolExecutor(POSTS_AT_ONCE)
         self.refused: list[str] = []
@@ -197,25 +195,21 @@ class Crowdnode(System):
                 raise RuntimeError(f"a unit failed: {request[:500]!r}")
             key = int(request[10:17])
             self.reports[key] += 1
-            self.held.discard(key)
             if key in self.begun:
                 self.finish(key)
 
     def hold(self, count: int) -> None:
-        """Run *count* more units of the action "hold" until release."""
+        """Run *count* units of the action "hold" until release."""
         fcntl.flock(self.gate, fcntl.LOCK_EX)
         for _ in range(count):
             self.submit("hold", self.gate.name)
         while not self.last.done():
             self.step(0.1)
-        self.held.update(self.begun)
-        self.begun.clear()
 
     def release(self) -> None:
         """Run the held units to their end."""
         fcntl.flock(self.gate, fcntl.LOCK_UN)
-        while self.held:
-            self.step(0.1)
+        self.drain()
 
 
 def read_request(connection: socket.socket) -> bytes:
