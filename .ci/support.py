@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any, Callable, cast
 
 sys.dont_write_bytecode = True
@@ -21,10 +21,11 @@ CI = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(CI)
 sys.path.insert(0, ROOT)
 
-import crowdnode  # noqa: E402, F401  both are in the directory above this one
+import crowdnode  # noqa: E402  both are in the directory above this one
 import test_crowdnode as helpers  # noqa: E402
 
 PATIENCE = 120  # seconds for a unit
+SAMPLES = 30  # of what a process holds
 POSTS_AT_ONCE = 4  # as a central of a few threads posts
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 NO_WORKERS = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"nodes": []}'
@@ -44,16 +45,26 @@ def run_in_venv(name: str, base: str = sys.executable) -> None:
         os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
-def resources(pids: dict[str, int]) -> dict[str, int]:
-    """Return the kB, threads and descriptors of each process."""
-    held = {}
-    for who, pid in pids.items():
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            for kind, size in re.findall(r"(?m)^(Rss|Pss_Anon): +(\d+)", file.read()):
-                held[f"{who}, {kind} kB"] = int(size)
-        held[f"{who}, threads"] = len(os.listdir(f"/proc/{pid}/task"))
-        held[f"{who}, descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
-    return held
+def resources(status: dict[str, Any]) -> dict[str, int]:
+    """Return the kB, threads and descriptors of a node and its fork server.
+
+    Of a second's samples the least threads and descriptors, without a connection that
+    comes and goes; and the most memory, while no worker shares the fork server's."""
+    pids = {"node": status["pid"], "fork server": status["fork_server"]["pid"]}
+    samples: dict[str, list[int]] = defaultdict(list)
+    for _ in range(SAMPLES):
+        for who, pid in pids.items():
+            memory = crowdnode.read_file(f"/proc/{pid}/smaps_rollup").decode()
+            for kind, size in re.findall(r"(?m)^(Rss|Pss_Anon): +(\d+)", memory):
+                samples[f"{who}, {kind} kB"].append(int(size))
+            for kind, place in ("threads", "task"), ("descriptors", "fd"):
+                held = os.listdir(f"/proc/{pid}/{place}")
+                samples[f"{who}, {kind}"].append(len(held))
+        time.sleep(1 / SAMPLES)
+    return {
+        key: max(values) if key.endswith("kB") else min(values)
+        for key, values in samples.items()
+    }
 
 
 def grown(before: dict[str, int], after: dict[str, int], spare_kb: int) -> list[str]:
@@ -109,14 +120,12 @@ class Crowdnode(System):
     which posts units from a few threads and takes reports on the caller's.
 
     port: of the node, when it has checked in.  reports: how often each unit was
-    reported.  held: units that run on while others are measured.  gate: the file whose
-    lock they wait for."""
+    reported.  gate: the file for whose lock units of the action "hold" wait."""
 
     def __init__(self, actions: dict[str, str], **settings: Any) -> None:
         super().__init__()
         self.port = 0
         self.reports: Counter[int] = Counter()
-        self.held: set[int] = set()
         self.next = 1_000_000
         self.pool = concurrent.futures.ThreadPoolExecutor(POSTS_AT_ONCE)
         self.refused: list[str] = []
@@ -186,25 +195,21 @@ class Crowdnode(System):
                 raise RuntimeError(f"a unit failed: {request[:500]!r}")
             key = int(request[10:17])
             self.reports[key] += 1
-            self.held.discard(key)
             if key in self.begun:
                 self.finish(key)
 
     def hold(self, count: int) -> None:
-        """Run *count* more units of the action "hold" until release."""
+        """Run *count* units of the action "hold" until release."""
         fcntl.flock(self.gate, fcntl.LOCK_EX)
         for _ in range(count):
             self.submit("hold", self.gate.name)
         while not self.last.done():
             self.step(0.1)
-        self.held.update(self.begun)
-        self.begun.clear()
 
     def release(self) -> None:
         """Run the held units to their end."""
         fcntl.flock(self.gate, fcntl.LOCK_UN)
-        while self.held:
-            self.step(0.1)
+        self.drain()
 
 
 def read_request(connection: socket.socket) -> bytes:
