@@ -53,8 +53,7 @@ elif PEER == "huey":  # a worker pushes to each result's list, as Result.get exp
 
     huey = RedisHuey("bench", url=URL, store_none=True, notify_result=True)
     task = huey.task()(no_op)
-    prefix = huey.storage.notify_prefix
-    prefix = prefix if isinstance(prefix, str) else prefix.decode()
+    prefix = os.fsdecode(huey.storage.notify_prefix)
 
     def submit():
         return task("x").id
