@@ -3082,6 +3082,7 @@ class Shown(CrowdTest):
         node = self.node()
         for id, action in enumerate(("echo", "echo", "echo", "broken", 'odd"\n')):
             node.do(unit(id, action))
+        node.settled()
         _, headers, body = node.get("/metrics")
         self.assertIn("text/plain; version=0.0.4", headers["Content-Type"])
         lines = body.decode().splitlines()
@@ -4362,6 +4363,8 @@ class CommandLine(CrowdTest):
         levels = {line.partition(":")[0] for line in done.stdout.splitlines()}
         self.assertEqual((done.returncode, levels), (0, {"ok"}), done.stdout)
         program = write_script(node.directory, "gs", "true")
+        uptime = f"exec {shutil.which('uptime')}"  # there may be a gs beside it
+        node.env["PATH"] = self.programs(uptime=uptime).rstrip(":")
         node.constants["MORE_PATHS"] = (node.directory,)
         node.write_config(disabled_actions="graphics_magick", bind="0.0.0.0")
         node.write_actions({"slow.py": f"{ECHO}time.sleep(1.1)\n"})
@@ -4410,6 +4413,7 @@ class CommandLine(CrowdTest):
     def test_stubs_are_the_classes_that_central_needs(self) -> None:
         both = BROKEN + "    def split(self): return []\n"
         options = self.with_actions(my_pdfs=both, date=ECHO)
+        options += ["--set", "disabled_actions=graphics_magick process_pdfs"]
         place = os.path.join(self.directory(), "actions")
         stub, own = f"{place}/my_pdfs.rb", f"{place}/word_count.rb"
         for _ in range(2):  # its own files are replaced
