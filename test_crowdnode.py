@@ -3826,7 +3826,8 @@ class Starts(CrowdTest):
         node = self.prepared(central, drain_time=30)
 
         def answer(method: str, path: str, fields: Fields) -> int | None:
-            if method == "PUT" and not pids:
+            is_check_in = method == "PUT" and path.startswith("/node/")
+            if is_check_in and not pids:
                 pids.extend([node.take(unit(7)), node.take(unit(8, "sleeper", "60"))])
                 over.wait(DEADLINE)
             return None
