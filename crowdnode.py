@@ -4841,7 +4841,7 @@ class NodeServer(Server):
     A request has a deadline as a whole: after it, reading from its connection is shut
     down.  The oldest unfinished one goes when there are too many: central gets in."""
 
-    # As the kernel allows: what finds the queue full tries again after 1 s, then 3.
+    # The kernel shortens it.  A sender that finds it full tries again after 1 s or 3.
     request_queue_size = 4096
     node: Node
 
