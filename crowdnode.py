@@ -2305,6 +2305,7 @@ class CentralServer:
         self.url = url
         self.port = port
         self.found_dialect: str | None = None  # the dialect of the last check-in
+        self.may_know = False  # this node: it was sent a check-in, answered or not
         self.is_confirmed = False  # it has taken a check-in or check-out from here
         self.checked_in_at: float | None = None  # by time.time()
         self.error: str | None = None  # of the last call, if that failed
@@ -2322,10 +2323,15 @@ class CentralServer:
         """Whether central may record a pid after it has taken the unit's report."""
         return self.dialect != "seed"
 
-    def name(self, dialect: str | None) -> str:
+    def name(self, dialect: str) -> str:
         """Return the name under which this node checks in."""
         host: str = self.config.host
         return host if dialect == "seed" else f"{host}:{self.port}"
+
+    def names(self) -> list[str]:
+        """Return the names under which it may check in."""
+        dialects = [self.dialect] if self.dialect else ["seed", "0.5"]
+        return [self.name(dialect) for dialect in dialects]
 
     def check_in(self, busy: bool, actions: list[str]) -> None:
         """Tell central where this node is, and whether it takes work.
@@ -2334,6 +2340,7 @@ class CentralServer:
         central may also answer 500 for other reasons, so neither is ever ruled out.
         Source: protocol.md, "Node to central"."""
         config, dialects = self.config, ["seed", "0.5"]
+        self.may_know = True
         if config.dialect != "auto":
             dialects = [config.dialect]
         elif self.dialect == "0.5":
@@ -2357,12 +2364,10 @@ class CentralServer:
                 self.checked_in_at = time.time()
                 return
 
-    def check_out(self, name: str | None = None) -> None:
-        """Have central release the units of this node, or of the node *name*."""
-        dialects = [self.dialect] if self.dialect else ["seed", "0.5"]
-        names = [name] if name else [self.name(dialect) for dialect in dialects]
-        for known in names:  # a name that central does not know is fine
-            self._call("DELETE", f"/node/{known}", None, CHECK_OUT_TIMEOUT)
+    def check_out(self, names: Iterable[str] = ()) -> None:
+        """Have central release the units of this node, or of one with these *names*."""
+        for name in names or self.names():  # one that central does not know is fine
+            self._call("DELETE", f"/node/{name}", None, CHECK_OUT_TIMEOUT)
         self.is_confirmed = True
 
     def report(self, unit_id: str, pid: int | None, outcome: Outcome) -> bool:
@@ -2826,8 +2831,9 @@ class PeriodicTimer(threading.Timer):
             delay = self.interval
             try:
                 delay = self.step() or self.interval
-            except OSError as error:  # such as no descriptors
-                log.warning("a periodic step failed: %s; trying again", error)
+            except (OSError, MemoryError) as error:  # such as no descriptors
+                reason = str(error) or "there is no memory"
+                log.warning("a periodic step failed: %s; trying again", reason)
             except Exception:
                 log.exception("a periodic step failed; trying again")
 
@@ -3418,9 +3424,10 @@ class Node:
         under another name or elsewhere is checked out in any case, and its units are
         others' then.  Raises CrowdError."""
         earlier: Json = self.lock.earlier.get("checked_in") or {}
-        url, name = earlier.get("url") or "", earlier.get("name") or ""
-        names = (self.central.name("seed"), self.central.name("0.5"))
-        is_renamed = bool(earlier) and (url != self.central.url or name not in names)
+        url, names = earlier.get("url") or "", earlier.get("names") or []
+        own = {self.central.name("seed"), self.central.name("0.5")}
+        is_other = url != self.central.url or bool(set(names) - own)
+        is_renamed = bool(earlier) and is_other
         if self.active and not is_renamed:
             return
         deadline = time.monotonic() + RECOVERY_DEADLINE
@@ -3431,13 +3438,14 @@ class Node:
         try:
             if is_renamed:
                 try:
-                    self.central_at(url).check_out(name)
+                    self.central_at(url).check_out(names)
                     self.withdraw_all(url)
-                    log.info("checked out %s, an earlier node's name, at %s", name, url)
+                    known = " and ".join(names)
+                    log.info("checked out %s, an earlier node here, at %s", known, url)
                 except CentralError as error:
                     if url == self.central.url:
                         raise
-                    log.warning("can't check out %s at %s: %s", name, url, error)
+                    log.warning("can't check out an earlier node at %s: %s", url, error)
             if not self.active:
                 self.check_out()
         except CentralError as error:
@@ -3447,10 +3455,11 @@ class Node:
                 self.signal(unit, signal.SIGKILL)
 
     def check_in(self) -> None:
-        """Check in, and note the name in node.pid.  Raises CentralError."""
+        """Note the name in node.pid, for central may know it from a check-in that it
+        does not answer, and check in.  Raises CentralError."""
+        note = {"url": self.central.url, "names": self.central.names()}
+        self.lock.write(checked_in=note)
         self.central.check_in(bool(self.overload), self.actions)
-        name = self.central.name(self.central.dialect)
-        self.lock.write(checked_in={"url": self.central.url, "name": name})
 
     def check_in_periodically(self) -> float:
         """Check in; return the seconds until the next time: soon if this one failed."""
@@ -3616,7 +3625,7 @@ class Node:
                 keys = (*FIXED_KEYS, "central_server")
                 moved = [key for key in keys if after[key] != before[key]]
                 for central in self.centrals.values():
-                    if central is not self.central and central.is_confirmed:
+                    if central is not self.central and central.may_know:
                         moved.append("central_server")  # at an earlier reload
                 config.keep_fixed_keys(self.config)
                 prepare_directories(config)
@@ -4052,7 +4061,7 @@ class Node:
 
         It may have sent units meanwhile, which were taken for the present one's."""
         for url, central in list(self.centrals.items()):
-            if central is self.central or not central.is_confirmed:
+            if central is self.central or not central.may_know:
                 continue
             with self.changed:
                 heads = [unit.head for unit in self.units.values()]
@@ -5045,15 +5054,17 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
         is_too_large = left > limit * MEGABYTE
         body = self.rfile.read(READ_SIZE if is_too_large else left)
         left -= len(body)
+        digest = hashlib.blake2b(body if is_too_large else b"", digest_size=16)
         while is_too_large and left:
             piece = self.rfile.read(min(left, MEGABYTE))
             if not piece:
                 break
             left -= len(piece)
+            digest.update(piece)
         if left:
             raise self.cut_short("body")
         self.is_read = True
-        return too_large_unit(body, limit) if is_too_large else body
+        return too_large_unit(body, digest.hexdigest(), limit) if is_too_large else body
 
     def reply(
         self, body: str, status: int = 200, kind: str = TEXT_TYPE, header: str = ""
@@ -5172,11 +5183,12 @@ def unquoted(value: bytes) -> bytes:
     return binascii.a2b_qp(value)
 
 
-def too_large_unit(start: bytes, limit: float) -> bytes:
+def too_large_unit(start: bytes, digest: str, limit: float) -> bytes:
     """Return a form with a unit that fails, in place of one that is too large.
 
-    Central would send it for ever, and end each of its rounds with it.  Raises
-    BadRequest where the unit's id can't be read from the form's *start*."""
+    Central would send it for ever, and end each of its rounds with it.  The *digest* of
+    the whole form tells another attempt from the same one.  Raises BadRequest where the
+    unit's id can't be read from the form's *start*."""
     sentence = f"The request is over max_request_size, {limit:g} MB."
     text = unquoted(start).decode("utf-8", "replace")
     id, job_id = (re.search(rf'"{key}": ?(\d+)', text) for key in ("id", "job_id"))
@@ -5184,6 +5196,7 @@ def too_large_unit(start: bytes, limit: float) -> bytes:
         raise BadRequest(sentence, 413)
     unit: Json = {"id": int(id[1]), "job_id": int(job_id[1]) if job_id else 0}
     unit.update({"action": "", "input": "", "status": PROCESSING, TOO_LARGE: sentence})
+    unit["options"] = {"digest": digest}
     return form_encoded([("work_unit", json.dumps(unit).encode())])
 
 

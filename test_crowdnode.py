@@ -2617,6 +2617,20 @@ class Reports(CrowdTest):
         reports = [(int(row["pid"]), row["status"]) for row in central.reports(1)]
         self.assertEqual(reports, [(second, "failed"), (*third, "succeeded")])
 
+    def test_each_attempt_of_a_unit_that_is_too_large_is_reported(self) -> None:
+        node = self.node(max_request_size=1)
+        large, attempts, pids = unit(1, input="x" * 1100000), [1], []
+
+        def answer(method: str, path: str, fields: Fields) -> None:
+            if path == "/work/1" and attempts:  # the next comes before the answer
+                pids.append(node.take({**large, "attempts": attempts.pop()}))
+
+        node.central.answer = answer
+        pids.append(node.take(large))
+        wait_for(lambda: len(node.central.reports(1)) == 2, "both are reported")
+        wait_for(lambda: len(pids) == 2, "the reply has been read")
+        self.assertEqual({int(row["pid"]) for row in node.central.reports(1)}, {*pids})
+
     def test_a_late_report_of_one_attempt_leaves_the_next_alone(self) -> None:
         node = self.node(constants=FAST)
         central = node.central
@@ -3902,6 +3916,26 @@ class Starts(CrowdTest):
                 calls = [call[:2] for call in old.calls + new.calls]
                 path = f"/node/{node.settings['host']}:{node.port}"
                 self.assertEqual(calls, [("DELETE", name), ("PUT", path)])
+
+    def test_a_name_is_checked_out_whose_check_in_was_not_answered(self) -> None:
+        for dialect in ("0.5", "auto"):
+            with self.subTest(dialect):
+                central, is_over = self.central(), threading.Event()
+                self.addCleanup(is_over.set)
+                central.answer = lambda method, *_, over=is_over: (
+                    204 if method == "DELETE" else over.wait(DEADLINE) and None
+                )
+                settings = {"dialect": dialect, "central_timeout": 0.3}
+                node = self.prepared(central, port=(old := free_port()), **settings)
+                self.fails(node.run(), "timed out")
+                is_over.set()
+                central.recover()
+                del central.calls[:]
+                node.write_config(port=free_port(), central_timeout=60)
+                node.start()
+                calls = [call[:2] for call in central.calls]
+                self.assertIn(("DELETE", f"/node/127.0.0.1:{old}"), calls)
+                self.assertEqual(calls[-1][0], "PUT")
 
     def test_a_stop_waits_for_units_and_a_second_signal_does_not(self) -> None:
         central = self.central()
