@@ -5409,11 +5409,9 @@ class LocalCentral(Server):
                 self.sent[task.id] = task
             status, reason = self._post(node, task)
             with self.changed:
-                if status not in (200, 400, 413, 503):
-                    self._release()
-                elif status != 200 and self.sent.pop(task.id, None) is not None:
-                    self.is_busy = status == 503
-                    if self.is_busy:
+                if status != 200 and self.sent.pop(task.id, None) is not None:
+                    self.is_busy = status not in (400, 413)
+                    if self.is_busy:  # or it has died, and one will follow
                         self.pending.appendleft(task)
                     else:  # the node will never take it
                         self._fail(task, reason)

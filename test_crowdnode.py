@@ -190,7 +190,7 @@ def serve(answer: Callable[[Any], None], port: int = 0) -> Any:
         def do_GET(self) -> None:
             answer(self)
 
-        do_PUT = do_DELETE = do_GET
+        do_POST = do_PUT = do_DELETE = do_GET
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -3489,6 +3489,29 @@ class Run(CrowdTest):
             options = {"input": data, "cwd": place, "env": env, "text": False}
             done = run([*command, *job], **options)
             self.assertEqual(done.stdout, wanted, done.stderr)
+
+    def test_a_unit_whose_answer_is_lost_is_sent_again(self) -> None:
+        posts: list[int] = []
+
+        def answer(handler: Any) -> None:  # the first time none
+            posts.append(int(handler.headers["Content-Length"]))
+            if len(posts) > 1:
+                handler.send_response(200)
+                handler.end_headers()
+
+        ended = unittest.mock.Mock()
+        central = crowdnode.LocalCentral(crowdnode.load_config("", []), ended)
+        self.addCleanup(central.server_close)
+        self.addCleanup(central.shutdown)
+        with web_server(answer) as url:
+            port = {"port": url.rpartition(":")[2]}
+            central.answer("PUT", "/node/127.0.0.1", port)
+            central.start("echo", ["process"], ["x"], {})
+            wait_for(lambda: len(posts) == 2, "it is sent again")
+            outcome = {"status": "succeeded", "output": '{"output": 5}'}
+            self.assertEqual(central.answer("PUT", "/work/1", outcome), 204)
+        self.assertEqual(central.outputs(), [5])
+        ended.assert_called_once()
 
     def test_jobs_at_the_same_time_save_to_different_places(self) -> None:
         process = "open('f', 'w').write(self.input); return self.save('f')"
