@@ -3720,9 +3720,10 @@ class Node:
         log_problems(fork_server.problems)
         if fork_server.actions and not self.is_stopping:
             return fork_server
+        gone = fork_server.gone
         fork_server.kill()
-        if fork_server.gone:
-            raise CrowdError(f"the fork server died while loading: {fork_server.gone}")
+        if gone:
+            raise CrowdError(f"the fork server died while loading: {gone}")
         if not in_time:
             raise CrowdError(f"the actions did not load within {LOAD_DEADLINE} s")
         reasons = "".join(f"\n{sentence}" for _, sentence in fork_server.problems)

@@ -3829,6 +3829,9 @@ class Starts(CrowdTest):
         central, other = self.central(), self.node()
         central.stop()
         work = other.path("state", "work")
+        # As a thread has it that comes late: what was ended has gone.
+        ends = Expression("lambda self: (self._process.kill(), self._reader.join())")
+        late = {"ForkServerProcess.kill": ends}
         for options, sentence in (
             ({}, f"crowdnode: Failed to connect to the central server ({central.url})"),
             ({"actions": {}, "disable_default_actions": "yes"}, "no action: there is"),
@@ -3837,7 +3840,7 @@ class Starts(CrowdTest):
             ({"state_path": "open/to/all"}, "others can write to "),
             ({"temp_storage_path": "open/to/all"}, "others can write to "),
         ):
-            node = self.prepared(central, **options)
+            node = self.prepared(central, constants=late, **options)
             os.mkdir(node.path("open"))
             os.chmod(node.path("open"), 0o777)
             for command in ([], ["--daemon"]):
