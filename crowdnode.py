@@ -5055,13 +5055,11 @@ class NodeHandler(http.server.BaseHTTPRequestHandler):
         is_too_large = left > limit * MEGABYTE
         body = self.rfile.read(READ_SIZE if is_too_large else left)
         left -= len(body)
-        digest = hashlib.blake2b(body if is_too_large else b"", digest_size=16)
-        while is_too_large and left:
-            piece = self.rfile.read(min(left, MEGABYTE))
-            if not piece:
-                break
-            left -= len(piece)
-            digest.update(piece)
+        if is_too_large:
+            digest = hashlib.blake2b(body, digest_size=16)
+            while piece := self.rfile.read(min(left, MEGABYTE)):
+                left -= len(piece)
+                digest.update(piece)
         if left:
             raise self.cut_short("body")
         self.is_read = True

@@ -142,7 +142,7 @@ class Crowdnode(System):
         self.port = 0
         self.node.start(wait=False)
         self.roots = [self.node.pid]
-        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in")
+        helpers.wait_for(lambda: self.step(0.1) or self.port, "a check-in", PATIENCE)
 
     def stop(self) -> None:
         self.begun.clear()
