@@ -142,8 +142,10 @@ class Crowdnode(System):
         self.port = 0
         self.node.start(wait=False)
         self.roots = [self.node.pid]
+        deadline = time.monotonic() + PATIENCE
         while not self.port:  # what is on disk is reported first
             self.step()
+            assert time.monotonic() < deadline, f"no check-in within {PATIENCE} s"
 
     def stop(self) -> None:
         self.begun.clear()
